@@ -314,14 +314,14 @@ def merge_heads(x: jax.Array) -> jax.Array:
 
 
 class Attention(nn.Module):
-    """Multi-head attention over the agents of one step (Multi-Agent Transformer, arXiv 2205.14953)."""
+    """Multi-head attention over the agents of one step (Multi-Agent Transformer, arXiv 2205.14953); no biases."""
 
     num_agents: int
     num_heads: int
     embed_dim: int
 
     def setup(self):
-        dense = functools.partial(nn.Dense, self.embed_dim, kernel_init=orthogonal(0.01))
+        dense = functools.partial(nn.Dense, self.embed_dim, use_bias=False, kernel_init=orthogonal(0.01))
         self.query, self.key, self.value, self.out = dense(), dense(), dense(), dense()
 
     def __call__(self, x: jax.Array, memory: jax.Array, causal: bool) -> jax.Array:
