@@ -4,7 +4,7 @@
     python magpo_ff.py --env-id CoordSum-v0 --scenario 3x10=10 --learning-rate 1e-3 --delta 1.1 --learner-rl-coef 4
 
 A centralized autoregressive guider mu(a|s) = prod_j mu(a_j | o, a_1..a_{j-1}) explores and is improved by PPO; a
-decentralized learner pi(a|s) = prod_j pi(a_j | o_j) follows it, and is what gets deployed. One iteration has four steps:
+decentralized learner pi(a|s) = prod_j pi(a_j | o_j) follows it and is what gets deployed. An iteration has four steps:
 
     1. collect   a rollout with the guider                                       `collect`
     2. improve   the guider by PPO, its ratio clipped twice                      `double_clip`, `guider_loss`
@@ -39,133 +39,90 @@ from flax.linen.initializers import normal, orthogonal
 from tqdm import tqdm
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Flags
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------- Flags -------------------------------------------------------------------------------------------
 @dataclasses.dataclass
-class Args:
+class Args:  # tyro shows the comment behind a flag as its help; [in brackets]: the official code's name
     # The run
-    exp_name: str = os.path.basename(__file__)[: -len(".py")]
-    """name of the experiment, part of the run's folder name"""
-    seed: int = 1
-    """seed of parameters, environments, actions and minibatches"""
-    run_dir: str = "runs"
-    """folder in which the run's own folder is made"""
-    num_devices: int = 0
-    """devices to train on; 0: every GPU or TPU there is, or one CPU device"""
-    dry_run: bool = False
-    """check all flags, print what would run, and stop before anything is compiled"""
-    track: bool = False
-    """log to Weights & Biases as well (WANDB_MODE=offline needs no account)"""
-    wandb_project_name: str = "magpo"
-    """Weights & Biases project"""
-    wandb_entity: Optional[str] = None
-    """Weights & Biases team; None: your own account"""
+    exp_name: str = os.path.basename(__file__)[: -len(".py")]  # name of the experiment, part of the run's folder name
+    seed: int = 1  # seed of parameters, environments, actions and minibatches
+    run_dir: str = "runs"  # folder in which the run's own folder is made
+    num_devices: int = 0  # devices to train on; 0: every GPU or TPU there is, or one CPU device
+    dry_run: bool = False  # check all flags, print what would run, and stop before anything is compiled
+    track: bool = False  # log to Weights & Biases as well (WANDB_MODE=offline needs no account)
+    wandb_project_name: str = "magpo"  # Weights & Biases project
+    wandb_entity: Optional[str] = None  # Weights & Biases team; None: your own account
 
     # The environment
-    env_id: str = "CoordSum-v0"
-    """CoordSum-v0, or the id of a Jumanji environment with agents_view and action_mask, or Connector-v3"""
-    scenario: str = ""
-    """the task's name in the papers, e.g. tiny-2ag, 8x8-2p-2f-coop, con-5x5x3a, 3x10-30; "": the environment's defaults"""
-    num_envs: int = 64
-    """environments stepped in parallel, over all devices"""
+    env_id: str = "CoordSum-v0"  # CoordSum-v0, Connector-v3 or a Jumanji environment with agents_view and action_mask
+    scenario: str = ""  # the task's name in the papers, e.g. tiny-2ag, con-5x5x3a, 3x10-30; "": the id's own defaults
+    num_envs: int = 64  # environments stepped in parallel, over all devices
 
     # Budget and evaluation
-    total_timesteps: int = 20_000_000
-    """environment steps of the whole run, over all environments (rounded down to whole iterations)"""
-    num_evals: int = 20
-    """evaluations after the one at step 0, evenly spaced (at most one an iteration) [num_evaluation]"""
-    eval_episodes: int = 32
-    """episodes per evaluation, for the learner and for the guider, over all devices [num_eval_episodes]"""
-    eval_greedy: bool = False
-    """evaluate with the most likely actions in place of sampled ones [evaluation_greedy]"""
+    total_timesteps: int = 20_000_000  # environment steps of the run, over all environments; whole iterations are run
+    num_evals: int = 20  # evaluations after the one at step 0, evenly spaced, at most one an iteration [num_evaluation]
+    eval_episodes: int = 32  # episodes per evaluation of each, learner and guider, over all devices [num_eval_episodes]
+    eval_greedy: bool = False  # evaluate with the most likely actions in place of sampled ones [evaluation_greedy]
 
     # The algorithm
-    delta: float = 1.5
-    """> 1: the guider may be this factor more or less likely than the learner to take an action; inf: no tether [clip_gpo]"""
-    learner_rl_coef: float = 1.0
-    """lambda: weight of the learner's own PPO term beside its imitation of the guider [alpha]"""
-    learning_rate: float = 2.5e-4
-    """Adam's learning rate, of guider and learner [actor_lr]"""
-    anneal_lr: bool = False
-    """let the learning rate fall linearly to 0 over the run [decay_learning_rates]"""
-    num_steps: int = 128
-    """T: steps of one rollout in each environment [rollout_length]"""
-    num_minibatches: int = 2
-    """minibatches per epoch; num_envs * num_steps must be divisible by it"""
-    update_epochs: int = 4
-    """passes over each rollout [ppo_epochs]"""
-    gamma: float = 0.99
-    """discount per step"""
-    gae_lambda: float = 0.95
-    """lambda of generalised advantage estimation"""
-    norm_adv: bool = True
-    """normalise advantages per minibatch"""
-    clip_coef: float = 0.2
-    """epsilon: PPO's clip of the probability ratio [clip_eps]"""
-    clip_vloss: bool = True
-    """clip the value loss by epsilon, too"""
-    ent_coef: float = 0.01
-    """weight of the guider's entropy bonus; the learner has none"""
-    vf_coef: float = 0.5
-    """weight of the value loss"""
-    max_grad_norm: float = 0.5
-    """largest norm of a gradient, separately for guider and learner"""
+    delta: float = 1.5  # > 1: mu may take an action this much more or less likely than pi; inf: no tether [clip_gpo]
+    learner_rl_coef: float = 1.0  # lambda: weight of the learner's own PPO term beside its imitation [alpha]
+    learning_rate: float = 2.5e-4  # Adam's learning rate, of guider and learner [actor_lr]
+    anneal_lr: bool = False  # let the learning rate fall linearly to 0 over the run [decay_learning_rates]
+    num_steps: int = 128  # T: steps of one rollout in each environment [rollout_length]
+    num_minibatches: int = 2  # minibatches per epoch
+    update_epochs: int = 4  # passes over each rollout [ppo_epochs]
+    gamma: float = 0.99  # discount per step
+    gae_lambda: float = 0.95  # lambda of generalised advantage estimation
+    norm_adv: bool = True  # normalise advantages per minibatch
+    clip_coef: float = 0.2  # epsilon: PPO's clip of the probability ratio [clip_eps]
+    clip_vloss: bool = True  # clip the value loss by epsilon, too
+    ent_coef: float = 0.01  # weight of the guider's entropy bonus; the learner has none
+    vf_coef: float = 0.5  # weight of the value loss
+    max_grad_norm: float = 0.5  # largest norm of a gradient, separately for guider and learner
 
     # The networks
-    guider: Literal["sable", "mat"] = "sable"
-    """the guider's sequence model: retention without memory (sable) or attention (mat)"""
-    embed_dim: int = 64
-    """E: width of the guider [n_embd]"""
-    num_heads: int = 1
-    """H: heads of the guider [n_head]"""
-    num_blocks: int = 1
-    """blocks of the guider's encoder, and of its decoder [n_block]"""
-    learner_hidden_dim: int = 128
-    """width of the learner's two hidden layers"""
+    guider: Literal["sable", "mat"] = "sable"  # the guider's mixing: retention without memory (sable), attention (mat)
+    embed_dim: int = 64  # E: width of the guider [n_embd]
+    num_heads: int = 1  # H: heads of the guider [n_head]
+    num_blocks: int = 1  # blocks of the guider's encoder, and of its decoder [n_block]
+    learner_hidden_dim: int = 128  # width of the learner's two hidden layers
 
 
 def check_args(args: Args) -> None:
     """Raises ValueError, with the flag, its value and what is allowed, on flags that cannot work together."""
-    positive = ("num_envs", "total_timesteps", "num_evals", "eval_episodes", "num_steps", "num_minibatches")
-    positive += ("update_epochs", "embed_dim", "num_heads", "num_blocks", "learner_hidden_dim", "learning_rate")
-    for name in positive + ("max_grad_norm", "clip_coef"):
-        if not getattr(args, name) > 0:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be above 0")
-    for name in ("learner_rl_coef", "ent_coef", "vf_coef", "num_devices"):
-        if not getattr(args, name) >= 0:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must not be negative")
-    for name in ("gamma", "gae_lambda"):
-        if not 0 <= getattr(args, name) <= 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be in [0, 1]")
-    if not args.delta > 1:
-        raise ValueError(f"--delta {args.delta}: must be above 1 (1.1 is a short tether, 4 a long one, inf is none)")
-    if args.embed_dim % args.num_heads:
-        raise ValueError(f"--embed-dim {args.embed_dim}: must be divisible by --num-heads {args.num_heads}")
-    if args.total_timesteps < args.num_envs * args.num_steps:
-        raise ValueError(f"--total-timesteps {args.total_timesteps}: leaves no update, one iteration takes --num-envs "
-                         f"{args.num_envs} * --num-steps {args.num_steps} = {args.num_envs * args.num_steps} steps")
+    positive = "num_envs total_timesteps num_evals eval_episodes num_steps num_minibatches update_epochs embed_dim " \
+        "num_heads num_blocks learner_hidden_dim learning_rate max_grad_norm clip_coef"
+    rules = [(name, lambda x: 0 < x < math.inf, "must be above 0, and finite") for name in positive.split()]
+    rules += [(name, lambda x: 0 <= x < math.inf, "must be finite and not negative")
+              for name in ("learner_rl_coef", "ent_coef", "vf_coef", "num_devices", "seed")]
+    rules += [(name, lambda x: 0 <= x <= 1, "must be in [0, 1]") for name in ("gamma", "gae_lambda")]
+    rules += [("delta", lambda x: x > 1, "must be above 1 (1.1 is a short tether, 4 a long one, inf is none)")]
+    rules += [("embed_dim", lambda x: x % args.num_heads == 0, f"must be divisible by --num-heads {args.num_heads}")]
+    steps = args.num_envs * args.num_steps
+    rules += [("total_timesteps", lambda x: x >= steps, f"leaves no update: --num-envs * --num-steps is {steps}")]
+    for name, allowed, text in rules:
+        if not allowed(getattr(args, name)):
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: {text}")
 
 
-def check_devices(args: Args) -> list:
-    """Returns the devices to train on; raises ValueError if there are too few or environments cannot be shared out."""
-    if jax.default_backend() != "cpu" and args.num_devices == 0:
-        args.num_devices = jax.local_device_count()
-    num_devices = args.num_devices = args.num_devices or 1
-    if num_devices > jax.local_device_count():
-        raise ValueError(f"--num-devices {num_devices}: there are only {jax.local_device_count()} devices")
-    for name, value in (("num-envs", args.num_envs), ("eval-episodes", args.eval_episodes)):
-        if value % num_devices:
-            raise ValueError(f"--{name} {value}: must be divisible by the {num_devices} devices")
-    if args.num_envs // num_devices * args.num_steps % args.num_minibatches:
-        raise ValueError(f"--num-minibatches {args.num_minibatches}: must divide the {args.num_envs // num_devices} "
-                         f"environments per device * --num-steps {args.num_steps}")
-    return jax.local_devices()[:num_devices]
+def choose_devices(args: Args) -> list:
+    """Returns the devices to train on; raises ValueError if there are too few or the work cannot be shared out."""
+    if args.num_devices == 0:
+        args.num_devices = 1 if jax.default_backend() == "cpu" else jax.local_device_count()
+    if args.num_devices > jax.local_device_count():
+        raise ValueError(f"--num-devices {args.num_devices}: there are only {jax.local_device_count()}")
+    for name in ("num_envs", "eval_episodes"):
+        if getattr(args, name) % args.num_devices:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be divisible by --num-devices "
+                             f"{args.num_devices}")
+    samples = args.num_envs // args.num_devices * args.num_steps
+    if samples % args.num_minibatches:
+        raise ValueError(f"--num-minibatches {args.num_minibatches}: must divide the {samples} samples of a rollout on "
+                         f"each device (--num-envs / --num-devices * --num-steps)")
+    return jax.local_devices()[: args.num_devices]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Environment
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------- Environment -------------------------------------------------------------------------------------
 class Observation(NamedTuple):
     agents_view: jax.Array  # (N, O) float32, the one-hot agent id first
     action_mask: jax.Array  # (N, A) bool, True where legal
@@ -240,12 +197,39 @@ def connector_view(observation: Any) -> jax.Array:
     return jax.vmap(view)(jnp.arange(num_agents))
 
 
-def parse_scenario(scenario: str, rule: str, example: str) -> Tuple[Optional[str], ...]:
-    """Returns the groups of the regular expression `rule`; raises ValueError that names the rule."""
-    match = re.fullmatch(rule, scenario)
-    if match is None:
-        raise ValueError(f"--scenario {scenario}: does not follow the rule {rule}, for example {example}")
-    return match.groups()
+def scenario_kwargs(env_id: str, scenario: str) -> dict:
+    """Parses a scenario by the rule of its environment -> arguments of the environment; ValueError if not."""
+    from jumanji.environments.routing.connector.generator import LegacyRandomWalkGenerator
+    from jumanji.environments.routing.lbf.generator import RandomGenerator as LbfGenerator
+    from jumanji.environments.routing.robot_warehouse.generator import RandomGenerator as RwareGenerator
+
+    def parse(rule, example):
+        match = re.fullmatch(rule, scenario)
+        if match is None:
+            raise ValueError(f"does not follow the rule {rule}, for example {example}")
+        return [int(group) if (group or "").isdigit() else group for group in match.groups()]
+
+    if env_id == "CoordSum-v0":
+        import coordsum
+
+        return coordsum.parse_scenario(scenario)
+    if not scenario:
+        return {}
+    if env_id == "RobotWarehouse-v0":
+        size, agents, level = parse(r"(tiny|small|medium|large|xlarge)-(\d+)ag(-easy|-hard)?", "small-4ag-hard")
+        rows, columns = {"tiny": (1, 3), "small": (2, 3), "medium": (2, 5), "large": (3, 5), "xlarge": (4, 5)}[size]
+        requests = {"-easy": 2 * agents, None: agents, "-hard": agents // 2}[level]
+        if requests == 0:
+            raise ValueError("leaves no shelf to request")
+        return {"generator": RwareGenerator(rows, columns, 8, agents, sensor_range=1, request_queue_size=requests)}
+    if env_id == "LevelBasedForaging-v0":
+        sight, size, agents, food, coop = parse(r"(?:(\d+)s-)?(\d+)x\2-(\d+)p-(\d+)f(-coop)?", "2s-10x10-3p-3f")
+        return {"generator": LbfGenerator(size, agents, food, sight or size, max_agent_level=2, force_coop=bool(coop))}
+    if env_id == "Connector-v3":
+        size, agents = parse(r"con-(\d+)x\1x(\d+)a", "con-5x5x3a")
+        # D5: the papers' boards; the environment's own default generator draws other ones.
+        return {"generator": LegacyRandomWalkGenerator(size, agents), "time_limit": size**2}
+    raise ValueError(f"{env_id} takes none")
 
 
 def make_env(env_id: str, scenario: str) -> TeamEnv:
@@ -253,45 +237,19 @@ def make_env(env_id: str, scenario: str) -> TeamEnv:
 
     Raises ValueError, in one line, on an unknown id or scenario or an environment that lacks what is needed.
     """
-    # Imported here because importing jumanji starts JAX's backend, and --num-devices has to be set before.
-    import jumanji
-    from jumanji.environments.routing.connector.generator import LegacyRandomWalkGenerator
-    from jumanji.environments.routing.lbf.generator import RandomGenerator as LbfGenerator
-    from jumanji.environments.routing.robot_warehouse.generator import RandomGenerator as RwareGenerator
+    import jumanji  # here, because it starts JAX's backend, and --num-devices has to be set before that
 
-    kwargs = {}
     if env_id == "CoordSum-v0":
-        import coordsum
-
-        kwargs = coordsum.parse_scenario(scenario)
-    elif env_id == "RobotWarehouse-v0" and scenario:
-        rule = r"(tiny|small|medium|large|xlarge)-(\d+)ag(-easy|-hard)?"
-        size, agents, level = parse_scenario(scenario, rule, "tiny-4ag or small-4ag-hard")
-        shelves = {"tiny": (1, 3), "small": (2, 3), "medium": (2, 5), "large": (3, 5), "xlarge": (4, 5)}[size]
-        requests = {None: int(agents), "-easy": 2 * int(agents), "-hard": int(agents) // 2}[level]
-        kwargs["generator"] = RwareGenerator(
-            shelf_rows=shelves[0], shelf_columns=shelves[1], column_height=8, num_agents=int(agents), sensor_range=1,
-            request_queue_size=requests)
-    elif env_id == "LevelBasedForaging-v0" and scenario:
-        rule = r"(?:(\d+)s-)?(\d+)x\2-(\d+)p-(\d+)f(-coop)?"
-        sight, size, players, food, coop = parse_scenario(scenario, rule, "8x8-2p-2f-coop or 2s-10x10-3p-3f")
-        kwargs["generator"] = LbfGenerator(
-            grid_size=int(size), fov=int(sight or size), num_agents=int(players), num_food=int(food),
-            max_agent_level=2, force_coop=coop is not None)
-    elif env_id == "Connector-v3" and scenario:
-        size, agents = parse_scenario(scenario, r"con-(\d+)x\1x(\d+)a", "con-5x5x3a")
-        # D5: the papers' boards: Connector-v3's own default generator draws other ones.
-        kwargs["generator"] = LegacyRandomWalkGenerator(grid_size=int(size), num_agents=int(agents))
-        kwargs["time_limit"] = int(size) ** 2
-    elif scenario:
-        raise ValueError(f"--scenario {scenario}: {env_id} takes none")
-
+        import coordsum  # registers it
     known = "CoordSum-v0, RobotWarehouse-v0, LevelBasedForaging-v0, Connector-v3"
     if env_id not in jumanji.registered_environments():
         raise ValueError(f"--env-id {env_id}: unknown, try {known} or the id of another Jumanji environment")
-    env = jumanji.make(env_id, **kwargs)
-    fields = set(getattr(env.observation_spec, "_specs", {}))
-    missing = {"action_mask", "grid" if env_id == "Connector-v3" else "agents_view"} - fields
+    try:
+        env = jumanji.make(env_id, **scenario_kwargs(env_id, scenario))
+    except (AssertionError, ValueError) as error:
+        raise ValueError(f"--scenario {scenario}: {error}") from error
+    needed = {"action_mask", "grid" if env_id == "Connector-v3" else "agents_view"}
+    missing = needed - set(getattr(env.observation_spec, "_specs", {}))
     if missing:
         raise ValueError(f"--env-id {env_id}: its observation has no {' and no '.join(sorted(missing))}, try {known}")
     if not isinstance(env.action_spec, jumanji.specs.MultiDiscreteArray):
@@ -299,22 +257,11 @@ def make_env(env_id: str, scenario: str) -> TeamEnv:
     return TeamEnv(env, connector_view if env_id == "Connector-v3" else lambda observation: observation.agents_view)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Networks. Tokens, one per sample and agent, stay flattened to (M * N, E): a dense layer on them takes 13 ms forward
+# -------------------- Networks ----------------------------------------------------------------------------------------
+# Tokens, one per sample and agent, stay flattened to (M * N, E): a dense layer on them takes 13 ms forward
 # and backward on two CPU cores, on (M, N, E) 20 ms (M = 4096, N = 3, E = 64).
-# ---------------------------------------------------------------------------------------------------------------------
-def split_heads(x: jax.Array, num_agents: int, num_heads: int) -> jax.Array:
-    """Tokens (M * N, E) -> (M, H, N, E / H)."""
-    return x.reshape(-1, num_agents, num_heads, x.shape[-1] // num_heads).swapaxes(1, 2)
-
-
-def merge_heads(x: jax.Array) -> jax.Array:
-    """(M, H, N, E / H) -> tokens (M * N, E)."""
-    return x.swapaxes(1, 2).reshape(-1, x.shape[1] * x.shape[3])
-
-
 class Attention(nn.Module):
-    """Multi-head attention over the agents of one step (Multi-Agent Transformer, arXiv 2205.14953); no biases."""
+    """Multi-head attention over the agents of one step (Multi-Agent Transformer, arXiv 2205.14953), without biases."""
 
     num_agents: int
     num_heads: int
@@ -324,75 +271,72 @@ class Attention(nn.Module):
         dense = functools.partial(nn.Dense, self.embed_dim, use_bias=False, kernel_init=orthogonal(0.01))
         self.query, self.key, self.value, self.out = dense(), dense(), dense(), dense()
 
-    def __call__(self, x: jax.Array, memory: jax.Array, causal: bool) -> jax.Array:
-        """All agents at once: queries from x, keys and values from memory, tokens (M * N, E) -> (M * N, E)."""
-        heads = functools.partial(split_heads, num_agents=self.num_agents, num_heads=self.num_heads)
-        query, key, value = heads(self.query(x)), heads(self.key(memory)), heads(self.value(memory))
-        scores = query @ key.swapaxes(-1, -2) / math.sqrt(query.shape[-1])  # (M, H, N, N)
-        seen = jnp.tril(jnp.ones(scores.shape[-2:], bool)) | (not causal)
-        return self.out(merge_heads(jax.nn.softmax(jnp.where(seen, scores, -1e9)) @ value))
+    def heads(self, x, memory, num_agents):
+        """Tokens (M * N, E) -> scaled queries from x, keys and values from memory, each (M, H, N, E / H)."""
+        shape = (-1, num_agents, self.num_heads, self.embed_dim // self.num_heads)
+        tokens = (self.query(x) / math.sqrt(shape[-1]), self.key(memory), self.value(memory))
+        return (y.reshape(shape).swapaxes(1, 2) for y in tokens)
 
-    def init_cache(self, batch_size: int) -> Tuple[jax.Array, jax.Array]:
-        """Keys and values of the agents that have acted."""
+    def __call__(self, x, memory, causal):
+        """All agents at once, each seeing itself and, if causal, only the earlier ones: (M * N, E) -> (M * N, E)."""
+        query, key, value = self.heads(x, memory, self.num_agents)
+        seen = jnp.tril(jnp.ones((self.num_agents, self.num_agents), bool)) | (not causal)
+        return self.project(self.weights(query @ key.swapaxes(-1, -2), seen) @ value, memory)  # (M, H, N, N) @ value
+
+    def weights(self, scores, seen):
+        return jax.nn.softmax(jnp.where(seen, scores, -1e9))
+
+    def project(self, mixed, memory):
+        """Mixes the heads: (M, H, N, E / H) -> tokens (M * N, E)."""
+        return self.out(mixed.swapaxes(1, 2).reshape(-1, self.embed_dim))
+
+    def init_cache(self, batch_size):
+        """Keys and values of the agents that have acted, each (M, H, N, E / H)."""
         zeros = jnp.zeros((batch_size, self.num_heads, self.num_agents, self.embed_dim // self.num_heads))
         return zeros, zeros
 
-    def decode(self, x: jax.Array, memory: jax.Array, cache: Any, agent: jax.Array) -> Tuple[jax.Array, Any]:
-        """One agent after the others: tokens (M, E) of that agent -> (M, E) and the extended cache."""
-        heads = functools.partial(split_heads, num_agents=1, num_heads=self.num_heads)
-        query, key, value = heads(self.query(x)), heads(self.key(memory)), heads(self.value(memory))  # (M, H, 1, E / H)
-        keys, values = (jax.lax.dynamic_update_index_in_dim(c, new[:, :, 0], agent, 2) for c, new in zip(cache, (key, value)))
-        scores = query @ keys.swapaxes(-1, -2) / math.sqrt(query.shape[-1])  # (M, H, 1, N)
-        scores = jnp.where(jnp.arange(self.num_agents) <= agent, scores, -1e9)
-        return self.out(merge_heads(jax.nn.softmax(scores) @ values)), (keys, values)
+    def decode(self, x, memory, cache, agent):
+        """The same for the tokens (M, E) of one agent, the earlier ones being in the cache -> (M, E), cache."""
+        query, *new = self.heads(x, memory, num_agents=1)
+        keys, values = (jax.lax.dynamic_update_slice_in_dim(old, y, agent, axis=2) for old, y in zip(cache, new))
+        weights = self.weights(query @ keys.swapaxes(-1, -2), jnp.arange(self.num_agents) <= agent)
+        return self.project(weights @ values, memory), (keys, values)
 
 
-class Retention(nn.Module):
-    """Multi-head retention over the agents of one step, without memory of earlier steps (Sable, arXiv 2410.01706).
+class Retention(Attention):
+    """Retention over the agents of one step, without memory of earlier steps (Sable, arXiv 2410.01706).
 
-    D6: Sable's particulars: all matrices start as normal(1 / E), a group norm inside each head, and the output gate
-    reads the same input as the keys.
+    It is attention without the softmax, so that a sum of key (outer product) value stands for all earlier agents.
+    D6: Sable's particulars: all matrices start as normal(1 / E), a group norm inside each head, and an output gate that
+    reads what the keys read.
     """
-
-    num_agents: int
-    num_heads: int
-    embed_dim: int
 
     def setup(self):
         dense = functools.partial(nn.Dense, self.embed_dim, use_bias=False, kernel_init=normal(1 / self.embed_dim))
-        self.query, self.key, self.value, self.gate, self.out = dense(), dense(), dense(), dense(), dense()
+        self.query, self.key, self.value, self.out, self.gate = dense(), dense(), dense(), dense(), dense()
         self.head_norm = nn.GroupNorm(num_groups=self.num_heads)
 
-    def project(self, retained: jax.Array, memory: jax.Array) -> jax.Array:
-        """Normalises within heads, gates and mixes the heads: tokens (M * N, E) -> (M * N, E)."""
-        return self.out(nn.swish(self.gate(memory)) * self.head_norm(retained))
+    def weights(self, scores, seen):
+        return jnp.where(seen, scores, 0.0)
 
-    def __call__(self, x: jax.Array, memory: jax.Array, causal: bool) -> jax.Array:
-        """All agents at once: queries from x, keys and values from memory, tokens (M * N, E) -> (M * N, E)."""
-        heads = functools.partial(split_heads, num_agents=self.num_agents, num_heads=self.num_heads)
-        query, key, value = heads(self.query(x)), heads(self.key(memory)), heads(self.value(memory))
-        scores = query @ key.swapaxes(-1, -2) / math.sqrt(query.shape[-1])  # (M, H, N, N)
-        seen = jnp.tril(jnp.ones(scores.shape[-2:], bool)) | (not causal)
-        return self.project(merge_heads(jnp.where(seen, scores, 0.0) @ value), memory)
+    def project(self, mixed, memory):
+        mixed = self.head_norm(mixed.swapaxes(1, 2).reshape(-1, self.embed_dim))
+        return self.out(nn.swish(self.gate(memory)) * mixed)
 
-    def init_cache(self, batch_size: int) -> jax.Array:
-        """The sum over the agents that have acted of key (outer product) value."""
+    def init_cache(self, batch_size):
+        """The sum over the agents that have acted, (M, H, E / H, E / H)."""
         return jnp.zeros((batch_size, self.num_heads) + 2 * (self.embed_dim // self.num_heads,))
 
-    def decode(self, x: jax.Array, memory: jax.Array, cache: jax.Array, agent: jax.Array) -> Tuple[jax.Array, jax.Array]:
-        """One agent after the others: tokens (M, E) of that agent -> (M, E) and the extended cache."""
-        del agent  # the sum has no order
-        heads = functools.partial(split_heads, num_agents=1, num_heads=self.num_heads)
-        query, key, value = heads(self.query(x)), heads(self.key(memory)), heads(self.value(memory))  # (M, H, 1, E / H)
-        cache = cache + key.swapaxes(-1, -2) @ value / math.sqrt(query.shape[-1])
-        return self.project(merge_heads(query @ cache), memory), cache
+    def decode(self, x, memory, cache, agent):
+        query, key, value = self.heads(x, memory, num_agents=1)
+        cache = cache + key.swapaxes(-1, -2) @ value
+        return self.project(query @ cache, memory), cache
 
 
 class Block(nn.Module):
-    """One block of the guider: self-mixing over agents, in the decoder also of observations with actions, then an MLP.
+    """Mixes tokens over agents, in the decoder also observations with actions, then an MLP; norms after the sums.
 
-    Norms come after the residual sum. `mat` is attention, layer norm and a GELU MLP; `sable` is retention, RMS norm and
-    SwiGLU.
+    `mat` is attention, layer norm and a GELU MLP; `sable` is retention, RMS norm and SwiGLU.
     """
 
     guider: str
@@ -407,32 +351,28 @@ class Block(nn.Module):
         dense = functools.partial(nn.Dense, self.embed_dim, kernel_init=orthogonal(math.sqrt(2)))
         self.mlp = [dense() for _ in range(2 if self.guider == "mat" else 3)]
 
-    def feed_forward(self, x: jax.Array) -> jax.Array:
-        if self.guider == "mat":
-            return self.mlp[1](nn.gelu(self.mlp[0](x)))
-        return self.mlp[2](nn.swish(self.mlp[0](x)) * self.mlp[1](x))
+    def feed_forward(self, x):
+        hidden = nn.gelu(self.mlp[1](x)) if self.guider == "mat" else nn.swish(self.mlp[1](x)) * self.mlp[2](x)
+        return self.norms[2](x + self.mlp[0](hidden))
 
-    def encode(self, x: jax.Array) -> jax.Array:
+    def encode(self, x):
         """Observation tokens (M * N, E) -> (M * N, E); every agent sees all."""
-        x = self.norms[0](x + self.self_mix(x, x, causal=False))
-        return self.norms[2](x + self.feed_forward(x))
+        return self.feed_forward(self.norms[0](x + self.self_mix(x, x, causal=False)))
 
-    def decode_all(self, x: jax.Array, obs_tokens: jax.Array) -> jax.Array:
-        """Action tokens and observation tokens (M * N, E) -> (M * N, E); agent j sees the actions of agents < j."""
+    def decode_all(self, x, obs_tokens):
+        """Action and observation tokens (M * N, E) -> (M * N, E); agent j sees the actions of agents < j."""
         x = self.norms[0](x + self.self_mix(x, x, causal=True))
-        x = self.norms[1](obs_tokens + self.cross_mix(obs_tokens, x, causal=True))
-        return self.norms[2](x + self.feed_forward(x))
+        return self.feed_forward(self.norms[1](obs_tokens + self.cross_mix(obs_tokens, x, causal=True)))
 
-    def init_cache(self, batch_size: int) -> Tuple[Any, Any]:
+    def init_cache(self, batch_size):
         return self.self_mix.init_cache(batch_size), self.cross_mix.init_cache(batch_size)
 
-    def decode_one(self, x: jax.Array, obs_tokens: jax.Array, cache: Any, agent: jax.Array) -> Tuple[jax.Array, Any]:
+    def decode_one(self, x, obs_tokens, cache, agent):
         """The same for the tokens (M, E) of one agent, with what the earlier ones left in the cache."""
         mixed, self_cache = self.self_mix.decode(x, x, cache[0], agent)
         x = self.norms[0](x + mixed)
         mixed, cross_cache = self.cross_mix.decode(obs_tokens, x, cache[1], agent)
-        x = self.norms[1](obs_tokens + mixed)
-        return self.norms[2](x + self.feed_forward(x)), (self_cache, cross_cache)
+        return self.feed_forward(self.norms[1](obs_tokens + mixed)), (self_cache, cross_cache)
 
 
 class Guider(nn.Module):
@@ -544,9 +484,7 @@ def learner_act(learner: Learner, params: Any, obs: Observation, key: jax.Array,
     return policy.mode() if greedy else policy.sample(seed=key)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Containers
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------- Containers --------------------------------------------------------------------------------------
 class Params(NamedTuple):
     guider: Any
     learner: Any
@@ -586,18 +524,7 @@ class TrainState(NamedTuple):
     key: jax.Array
 
 
-class Metrics(NamedTuple):
-    """Sums that are added up on the device until they are logged."""
-
-    losses: dict  # sums over minibatches
-    finite: dict  # minibatches in which the term was finite
-    per_iteration: dict  # sums over iterations
-    episodes: dict  # sums over the episodes that ended, and their number
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The algorithm, as pure functions
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------- The algorithm, as pure functions ----------------------------------------------------------------
 def gae(reward, value, next_value, discount, last, gamma, gae_lambda):
     """Generalised advantage estimation (arXiv 1506.02438) -> advantage, value_target (T, B, N).
 
@@ -719,9 +646,7 @@ def minibatch_loss(params: Params, args: Args, guider: Guider, learner: Learner,
     }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# One iteration: the four steps
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------- One iteration: the four steps -------------------------------------------------------------------
 def collect(args: Args, env: TeamEnv, guider: Guider, state: TrainState) -> Tuple[TrainState, Transition, dict]:
     """Plays T steps in B environments with the guider -> state, rollout (T, B, ...), sums over the ended episodes.
 
@@ -769,8 +694,8 @@ def make_minibatches(args: Args, rollout: Transition, advantage, value_target, k
 
 def train_iteration(
     args: Args, env: TeamEnv, guider: Guider, learner: Learner, optimizers: Params, state: TrainState
-) -> Tuple[TrainState, Metrics]:
-    """One rollout and all updates from it, on one of the devices of the pmap axis "device"."""
+) -> Tuple[TrainState, dict]:
+    """One rollout and all updates from it, on one device of the pmap axis "device" -> state, metrics to add up."""
     state, rollout, episodes = collect(args, env, guider, state)
 
     # One pass of the encoder gives every next value, those of the true last observations among them.
@@ -798,21 +723,15 @@ def train_iteration(
     (params, opt_state), losses = jax.lax.scan(update, (state.params, state.opt_state), indices)  # losses: scalars
     state = state._replace(params=params, opt_state=opt_state, key=key)
 
-    residual = jax.lax.pmean(jnp.mean(jnp.square(advantage - jnp.mean(advantage))), "device")
+    unexplained = jax.lax.pmean(jnp.mean(jnp.square(advantage)), "device")  # value_target - value is the advantage
     spread = jax.lax.pmean(jnp.mean(jnp.square(value_target - jnp.mean(value_target))), "device")
-    per_iteration = {"first_ratio": losses.pop("ratio")[0], "explained_variance": 1 - residual / (spread + 1e-8)}
-    metrics = Metrics(
-        losses={name: jnp.sum(x) for name, x in losses.items()},
-        finite={name: jnp.sum(jnp.isfinite(x), dtype=jnp.float32) for name, x in losses.items()},
-        per_iteration=per_iteration,
-        episodes=jax.lax.psum(episodes, "device"),
-    )
-    return state, metrics
+    first_ratio, means = losses.pop("ratio")[0], jax.tree.map(jnp.mean, losses)
+    means |= {"first_ratio": first_ratio, "explained_variance": 1 - unexplained / (spread + 1e-8)}
+    finite = jax.tree.map(lambda x: jnp.sum(jnp.isfinite(x), dtype=jnp.float32), losses)  # minibatches
+    return state, {"losses": means, "finite": finite, "episodes": jax.lax.psum(episodes, "device")}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Evaluation
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------- Evaluation --------------------------------------------------------------------------------------
 def play(env: TeamEnv, act: Callable, num_episodes: int, key: jax.Array) -> Tuple[jax.Array, jax.Array, jax.Array]:
     """Plays whole episodes, all at once, without auto-reset -> return, length, won, each (num_episodes,) float32.
 
@@ -853,9 +772,7 @@ def evaluate(
     return play(env, act_as_learner, num_episodes, key), play(env, act_as_guider, num_episodes, key)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Setup, logging
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------- Setup, logging ----------------------------------------------------------------------------------
 def make_networks(args: Args, env: TeamEnv) -> Tuple[Guider, Learner]:
     guider = Guider(args.guider, env.num_agents, env.num_actions, args.num_heads, args.num_blocks, args.embed_dim)
     return guider, Learner(env.num_actions, args.learner_hidden_dim)
@@ -875,9 +792,7 @@ def make_optimizers(args: Args) -> Params:
     return Params(guider=optimizer, learner=optimizer)
 
 
-def init_state(
-    args: Args, env: TeamEnv, guider: Guider, learner: Learner, optimizers: Params, params_key: jax.Array, key: jax.Array
-) -> TrainState:
+def init_state(args: Args, env: TeamEnv, guider: Guider, learner: Learner, optimizers: Params, params_key, key):
     """params_key: the same on all devices; D13: key: another on each, for environments, actions and minibatches."""
     key, reset_key = jax.random.split(key)
     batch_size = args.num_envs // args.num_devices
@@ -890,74 +805,62 @@ def init_state(
     return TrainState(params, opt_state, env_state, obs, zeros, zeros, key)
 
 
-def charts(metrics: Metrics, iteration: int, interval: int, args: Args) -> dict:
-    """Sums over `interval` iterations that began after `iteration` -> values to log.
+def train_row(args: Args, metrics: dict, iteration: int, interval: int) -> dict:
+    """Metrics summed over `interval` iterations that began after `iteration` -> values to log.
 
-    Raises FloatingPointError on a term that is not finite.
+    Raises FloatingPointError, with the term and the iteration, on a loss that is not finite.
     """
     updates = args.update_epochs * args.num_minibatches
-    first = min(metrics.finite, key=metrics.finite.get)
-    if metrics.finite[first] < interval * updates:
-        bad_iteration = iteration + int(metrics.finite[first]) // updates + 1
-        raise FloatingPointError(f"losses/{first} is not finite in iteration {bad_iteration}, at global_step "
-                                 f"{bad_iteration * args.num_envs * args.num_steps}")
-    row = {"charts/learning_rate": learning_rate(args, iteration + interval - 1)}
-    row |= {f"losses/{name}": x / (interval * updates) for name, x in metrics.losses.items()}
-    row |= {f"losses/{name}": x / interval for name, x in metrics.per_iteration.items()}
-    row["charts/num_episodes"] = metrics.episodes["number"]
-    if metrics.episodes["number"]:
-        row["charts/episodic_return"] = metrics.episodes["return"] / metrics.episodes["number"]
-        row["charts/episodic_length"] = metrics.episodes["length"] / metrics.episodes["number"]
-    return {name: float(x) for name, x in row.items()}
+    worst = min(metrics["finite"], key=metrics["finite"].get)
+    if metrics["finite"][worst] < interval * updates:
+        raise FloatingPointError(
+            f"losses/{worst} is not finite in iteration {iteration + int(metrics['finite'][worst]) // updates + 1}")
+    row = {f"losses/{name}": x / interval for name, x in metrics["losses"].items()}
+    row["charts/learning_rate"] = learning_rate(args, iteration + interval - 1)
+    row["charts/num_episodes"] = number = metrics["episodes"]["number"]
+    if number:
+        row["charts/episodic_return"] = metrics["episodes"]["return"] / number
+        row["charts/episodic_length"] = metrics["episodes"]["length"] / number
+    return row
 
 
 def eval_row(learner_results: Tuple, guider_results: Tuple, has_win_rate: bool) -> dict:
     """Returns, lengths and wins of the episodes of learner and guider -> values to log."""
     (learner_return, length, won), (guider_return, _, _) = learner_results, guider_results
-    row = {
-        "eval/learner_return": np.mean(learner_return),
-        "eval/learner_return_std": np.std(learner_return),
-        "eval/guider_return": np.mean(guider_return),
-        "eval/imitation_gap": np.mean(guider_return) - np.mean(learner_return),
-        "eval/episodic_length": np.mean(length),
-    }
-    if has_win_rate:
-        row["eval/win_rate"] = np.mean(won)
-    return {name: float(x) for name, x in row.items()}
+    row = {"eval/learner_return": np.mean(learner_return), "eval/learner_return_std": np.std(learner_return)}
+    row |= {"eval/guider_return": np.mean(guider_return), "eval/episodic_length": np.mean(length)}
+    row["eval/imitation_gap"] = row["eval/guider_return"] - row["eval/learner_return"]
+    return row | ({"eval/win_rate": np.mean(won)} if has_win_rate else {})
 
 
 def plot_learning_curve(rows: list, title: str, path: str) -> None:
-    """Draws learner, guider and training return over environment steps as a PNG."""
-    import matplotlib
+    """Draws the returns of guider and learner over environment steps as a PNG."""
+    from matplotlib.figure import Figure  # not pyplot, which would look for a display
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    fig, ax = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    for key, label in (("eval/guider_return", "guider"), ("eval/learner_return", "learner, decentralized")):
-        points = [(row["global_step"], row[key]) for row in rows if key in row]
-        ax.plot(*zip(*points), label=label, linewidth=2, linestyle="--" if label == "guider" else "-")
-    ax.set(title=title, xlabel="environment steps", ylabel="return per evaluation episode")
+    fig = Figure(figsize=(7, 4.2), layout="constrained")
+    ax = fig.add_subplot(title=title, xlabel="environment steps", ylabel="return per evaluation episode")
+    steps = [row["global_step"] for row in rows]
+    ax.plot(steps, [row["eval/guider_return"] for row in rows], "--", label="guider, centralized")
+    ax.plot(steps, [row["eval/learner_return"] for row in rows], "-", label="learner, decentralized")
     ax.grid(alpha=0.3)
     ax.legend()
     fig.savefig(path, dpi=150)
-    plt.close(fig)
 
 
 class Logger:
-    """metrics.jsonl, wandb, the terminal: the same keys everywhere."""
+    """metrics.jsonl, Weights & Biases and the terminal, with the same keys everywhere."""
 
     def __init__(self, args: Args):
         scenario = re.sub(r"[^\w.=-]", "_", args.scenario)
         self.name = f"{args.env_id}__{scenario}__{args.exp_name}__{args.seed}__{int(time.time())}"
         self.folder = os.path.join(args.run_dir, self.name)
         os.makedirs(self.folder)
-        self.rows, self.wandb = [], None
-        versions = {name: sys.modules[name].__version__ for name in ("jax", "flax", "optax", "distrax", "numpy")}
-        about = {"args": dataclasses.asdict(args), "versions": versions, "command": " ".join(sys.argv),
-                 "devices": [str(device) for device in jax.local_devices()[: args.num_devices]]}
+        about = {"args": dataclasses.asdict(args), "command": " ".join(sys.argv)}
+        about["versions"] = {x.__name__: x.__version__ for x in (jax, optax, distrax, np)}
+        about["devices"] = [device.device_kind for device in jax.local_devices()[: args.num_devices]]
         with open(os.path.join(self.folder, "args.json"), "w") as file:
             json.dump(about, file, indent=2)
+        self.rows, self.wandb = [], None
         self.file = open(os.path.join(self.folder, "metrics.jsonl"), "w")
         if args.track:
             import wandb
@@ -967,6 +870,7 @@ class Logger:
         self.bar = tqdm(total=args.total_timesteps, unit="step", unit_scale=True, disable=not sys.stderr.isatty())
 
     def log(self, row: dict) -> None:
+        row = {name: int(x) if name == "global_step" else float(x) for name, x in row.items()}
         self.rows.append(row)
         self.file.write(json.dumps(row) + "\n")
         self.file.flush()
@@ -981,7 +885,8 @@ class Logger:
         self.bar.close()
         self.file.close()
         if self.rows:
-            plot_learning_curve(self.rows, self.name.rsplit("__", 1)[0], os.path.join(self.folder, "learning_curve.png"))
+            path = os.path.join(self.folder, "learning_curve.png")
+            plot_learning_curve(self.rows, self.name.rsplit("__", 1)[0], path)
         if self.wandb:
             self.wandb.finish()
         print(f"metrics and learning curve: {self.folder}")
@@ -1020,7 +925,7 @@ def train(args: Args, env: TeamEnv, devices: list, logger: Logger) -> None:
         if interval:
             seconds = time.time() - start
             clock["time/train_s"] += seconds
-            row |= charts(jax.tree.map(lambda x: np.asarray(x)[0], metrics), iteration, interval, args)
+            row |= train_row(args, jax.tree.map(lambda x: np.asarray(x)[0], metrics), iteration, interval)
             row["charts/SPS"] = interval * steps_per_iteration / seconds
         start = time.time()
         eval_keys = jax.random.split(jax.random.fold_in(eval_key, interval_end), args.num_devices)
@@ -1030,18 +935,16 @@ def train(args: Args, env: TeamEnv, devices: list, logger: Logger) -> None:
         iteration = interval_end
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Main
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------- Main --------------------------------------------------------------------------------------------
 def main() -> int:
     """Parses and checks the flags, trains, and returns the exit status."""
     args = tyro.cli(Args)
     script = os.path.basename(__file__)
     try:
         check_args(args)
-        # XLA splits the CPU into several devices only if told so before its first use.
-        jax.config.update("jax_num_cpu_devices", max(1, args.num_devices))
-        devices = check_devices(args)
+        if args.num_devices > 1:  # XLA splits the CPU into several devices only if told so before its first use
+            jax.config.update("jax_num_cpu_devices", args.num_devices)
+        devices = choose_devices(args)
         env = make_env(args.env_id, args.scenario)
     except ValueError as error:
         print(f"{script}: error: {error}", file=sys.stderr)

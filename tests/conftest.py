@@ -1,0 +1,42 @@
+"""Which scripts define what, and random inputs that the tests share."""
+
+import importlib
+import importlib.util
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # bitwise claims are made for the CPU
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+
+def scripts_with(*names, feed_forward=False):
+    """pytest parameters: the scripts that define all of `names`; feed_forward leaves out those with memory over time."""
+    scripts = ("magpo_ff", "ctds_ff") + (() if feed_forward else ("magpo_rec",))
+    modules = [importlib.import_module(name) for name in scripts if importlib.util.find_spec(name)]
+    return [pytest.param(m, id=m.__name__) for m in modules if all(hasattr(m, name) for name in names)]
+
+
+def random_params(network, seed, *inputs):
+    """Parameters of a network for inputs of these shapes: numbers of order 1 in place of the network's own start.
+
+    The heads start at a scale of 0.01, which would hide most differences, and orthogonal starts take long to compile.
+    """
+    rng = np.random.default_rng(seed)
+
+    def draw(path, x):
+        return jnp.asarray((path[-1].key == "scale") + rng.normal(0, 0.5, x.shape), x.dtype)
+
+    shapes = jax.eval_shape(network.init, jax.random.PRNGKey(0), *inputs)
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+def random_obs(script, seed, batch_size, num_agents, num_actions, num_features=5):
+    """An Observation (M, N, ...) in which each agent has at least one legal action, and about half of the others."""
+    view_key, mask_key, legal_key = jax.random.split(jax.random.PRNGKey(seed), 3)
+    legal = jax.random.randint(legal_key, (batch_size, num_agents), 0, num_actions)
+    mask = jax.random.bernoulli(mask_key, 0.5, (batch_size, num_agents, num_actions))
+    view = jax.random.normal(view_key, (batch_size, num_agents, num_features))
+    return script.Observation(view, mask | jax.nn.one_hot(legal, num_actions, dtype=bool))
