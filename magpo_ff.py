@@ -240,7 +240,10 @@ def make_env(env_id: str, scenario: str) -> TeamEnv:
     import jumanji  # here, because it starts JAX's backend, and --num-devices has to be set before that
 
     if env_id == "CoordSum-v0":
-        import coordsum  # registers it
+        try:
+            import coordsum  # registers it
+        except ModuleNotFoundError:
+            raise ValueError("--env-id CoordSum-v0: needs coordsum.py beside this file") from None
     known = "CoordSum-v0, RobotWarehouse-v0, LevelBasedForaging-v0, Connector-v3"
     if env_id not in jumanji.registered_environments():
         raise ValueError(f"--env-id {env_id}: unknown, try {known} or the id of another Jumanji environment")
@@ -574,15 +577,14 @@ def value_loss(value, old_value, value_target, clip_coef, clip_vloss):
     return 0.5 * jnp.mean(error)
 
 
-def learner_loss(guider_policy, learner_policy, ratio, advantage, clip_coef, learner_rl_coef):
-    """KL(mu || pi) to the guider as it is now, plus lambda times the learner's PPO loss (Eq. 10) -> loss, kl, rl loss.
+def learner_loss(guider_policy, learner_policy, ratio, advantage, clip_coef):
+    """The two terms of the learner's loss (Eq. 10): KL(mu || pi) to the guider as it is now, and its own PPO loss.
 
     ratio: pi / mu_old, for the guider collected the data. guider_policy must carry no gradient.
     """
     kl = jnp.mean(guider_policy.kl_divergence(learner_policy))
     clipped_ratio = jnp.clip(ratio, 1 - clip_coef, 1 + clip_coef)
-    policy_loss = -jnp.mean(jnp.minimum(ratio * advantage, clipped_ratio * advantage))
-    return kl + learner_rl_coef * policy_loss, kl, policy_loss
+    return kl, -jnp.mean(jnp.minimum(ratio * advantage, clipped_ratio * advantage))
 
 
 def backtrack_loss(guider_policy, learner_policy, mask):
@@ -606,43 +608,43 @@ def minibatch_loss(params: Params, args: Args, guider: Guider, learner: Learner,
     learner_logits = learner.apply(params.learner, mb.obs.agents_view)
     guider_policy = action_distribution(guider_logits, mb.obs.action_mask)
     learner_policy = action_distribution(learner_logits, mb.obs.action_mask)
-    fixed_guider_policy = action_distribution(jax.lax.stop_gradient(guider_logits), mb.obs.action_mask)
-    fixed_learner_policy = action_distribution(jax.lax.stop_gradient(learner_logits), mb.obs.action_mask)
     guider_log_prob, learner_log_prob = guider_policy.log_prob(mb.action), learner_policy.log_prob(mb.action)  # (M, N)
     advantage = normalise(mb.advantage) if args.norm_adv else mb.advantage
 
     # STEP 2/4: the guider improves
-    guider_ratio = jnp.exp(guider_log_prob - mb.behaviour_log_prob)
+    log_ratio = guider_log_prob - mb.behaviour_log_prob
+    ratio = jnp.exp(log_ratio)
     clipped_ratio = double_clip(guider_log_prob, learner_log_prob, mb.behaviour_log_prob, args.delta, args.clip_coef)
-    guider_policy_loss = guider_loss(guider_ratio, clipped_ratio, advantage)
+    guider_policy_loss = guider_loss(ratio, clipped_ratio, advantage)
     guider_entropy = jnp.mean(guider_policy.entropy())
     critic_loss = value_loss(value, mb.value, mb.value_target, args.clip_coef, args.clip_vloss)
     loss = guider_policy_loss - args.ent_coef * guider_entropy + args.vf_coef * critic_loss
 
     # STEP 3/4: the learner follows
+    fixed_guider_policy = action_distribution(jax.lax.stop_gradient(guider_logits), mb.obs.action_mask)
     learner_ratio = jnp.exp(learner_log_prob - mb.behaviour_log_prob)
-    learner_total, learner_kl, learner_policy_loss = learner_loss(
-        fixed_guider_policy, learner_policy, learner_ratio, advantage, args.clip_coef, args.learner_rl_coef)
-    loss += learner_total
+    learner_kl, learner_policy_loss = learner_loss(
+        fixed_guider_policy, learner_policy, learner_ratio, advantage, args.clip_coef)
+    loss += learner_kl + args.learner_rl_coef * learner_policy_loss
 
     # STEP 4/4: the guider backtracks to the learner, where it is outside the tether
+    fixed_learner_policy = action_distribution(jax.lax.stop_gradient(learner_logits), mb.obs.action_mask)
     mask = kl_mask(guider_log_prob, learner_log_prob, args.delta)
     guider_kl = backtrack_loss(guider_policy, fixed_learner_policy, mask)
     loss += guider_kl
 
-    log_ratio = guider_log_prob - mb.behaviour_log_prob
     return loss, {
         "guider_policy_loss": guider_policy_loss,
-        "guider_kl": guider_kl,
         "guider_entropy": guider_entropy,
+        "guider_kl": guider_kl,
         "value_loss": critic_loss,
         "learner_kl": learner_kl,
         "learner_policy_loss": learner_policy_loss,
         "learner_entropy": jnp.mean(learner_policy.entropy()),
-        "approx_kl": jnp.mean(guider_ratio - 1 - log_ratio),  # http://joschu.net/blog/kl-approx.html
-        "clipfrac": jnp.mean(jnp.abs(guider_ratio - 1) > args.clip_coef),
+        "approx_kl": jnp.mean(ratio - 1 - log_ratio),  # http://joschu.net/blog/kl-approx.html
+        "clipfrac": jnp.mean(jnp.abs(ratio - 1) > args.clip_coef),
         "delta_clipfrac": jnp.mean(mask),
-        "ratio": jnp.mean(guider_ratio),
+        "ratio": jnp.mean(ratio),
     }
 
 

@@ -35,8 +35,8 @@ def random_params(network, seed, *inputs):
 
 def random_obs(script, seed, batch_size, num_agents, num_actions, num_features=5):
     """An Observation (M, N, ...) in which each agent has at least one legal action, and about half of the others."""
-    view_key, mask_key, legal_key = jax.random.split(jax.random.PRNGKey(seed), 3)
-    legal = jax.random.randint(legal_key, (batch_size, num_agents), 0, num_actions)
-    mask = jax.random.bernoulli(mask_key, 0.5, (batch_size, num_agents, num_actions))
-    view = jax.random.normal(view_key, (batch_size, num_agents, num_features))
-    return script.Observation(view, mask | jax.nn.one_hot(legal, num_actions, dtype=bool))
+    rng = np.random.default_rng(seed)
+    mask = rng.random((batch_size, num_agents, num_actions)) < 0.5
+    mask |= np.eye(num_actions, dtype=bool)[rng.integers(num_actions, size=(batch_size, num_agents))]
+    view = rng.normal(size=(batch_size, num_agents, num_features))
+    return script.Observation(jnp.asarray(view, jnp.float32), jnp.asarray(mask))
