@@ -1,7 +1,9 @@
 """Which scripts define what, and random inputs that the tests share."""
 
+import ast
 import importlib
 import importlib.util
+import inspect
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # bitwise claims are made for the CPU
@@ -12,11 +14,28 @@ import numpy as np
 import pytest
 
 
-def scripts_with(*names, feed_forward=False):
-    """pytest parameters: the scripts that define all of `names`; feed_forward leaves out those with memory over time."""
+def scripts_with(*names, feed_forward=False, distinct=False):
+    """pytest parameters: the scripts that define all of `names`.
+
+    feed_forward leaves out the script with memory over time; distinct, for what takes long to compile, leaves out those
+    in which the code of all `names` is that of an earlier script.
+    """
     scripts = ("magpo_ff", "ctds_ff") + (() if feed_forward else ("magpo_rec",))
     modules = [importlib.import_module(name) for name in scripts if importlib.util.find_spec(name)]
-    return [pytest.param(m, id=m.__name__) for m in modules if all(hasattr(m, name) for name in names)]
+    modules = [module for module in modules if all(hasattr(module, name) for name in names)]
+    if distinct:
+        texts = [[ast.unparse(ast.parse(inspect.getsource(getattr(module, name)))) for name in names] for module in modules]
+        modules = [module for i, module in enumerate(modules) if texts[i] not in texts[:i]]
+    return [pytest.param(module, id=module.__name__) for module in modules]
+
+
+@pytest.fixture(scope="module")
+def quick_compile():
+    """Compiles with few optimisations, in a third of the time: for tests that run each program a few times only."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def random_params(network, seed, *inputs):

@@ -9,14 +9,16 @@ import pytest
 from conftest import random_obs, random_params, scripts_with
 
 NUM_ACTIONS, NUM_FEATURES = 4, 5
-GUIDER_SCRIPTS = scripts_with("Guider", "guider_act", "action_distribution", feed_forward=True)
-LEARNER_SCRIPTS = scripts_with("Learner", "learner_act", "action_distribution", feed_forward=True)
+GUIDER_SCRIPTS = scripts_with(
+    "Attention", "Retention", "Block", "Guider", "action_distribution", "guider_act", feed_forward=True, distinct=True)
+LEARNER_SCRIPTS = scripts_with("Learner", "action_distribution", "learner_act", feed_forward=True, distinct=True)
+pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 @functools.cache
 def make_guider(script, kind, num_agents, num_blocks, num_heads):
     """A guider with large random parameters, and its two ways to decode, compiled."""
-    guider = script.Guider(kind, num_agents, NUM_ACTIONS, num_heads, num_blocks, embed_dim=8)
+    guider = script.Guider(kind, num_agents, NUM_ACTIONS, num_heads, num_blocks, embed_dim=16)
     view, action = jnp.zeros((1, num_agents, NUM_FEATURES)), jnp.zeros((1, num_agents), jnp.int32)
     params = random_params(guider, 1, view, action)
     act = jax.jit(functools.partial(script.guider_act, guider), static_argnames="greedy")
@@ -127,7 +129,7 @@ def test_learner_never_takes_an_illegal_action(script):
     np.testing.assert_array_equal(greedy, likeliest)
 
 
-@pytest.mark.parametrize("script", scripts_with("action_distribution"))
+@pytest.mark.parametrize("script", scripts_with("action_distribution", distinct=True))
 def test_masked_distribution(script):
     """Illegal actions have probability 0, the entropy is that of the legal ones, and gradients are finite."""
     logits = jnp.array([[1.0, 2.0, 3.0], [1.0, 1.0, -4.0], [5.0, 6.0, 7.0]])

@@ -1,0 +1,142 @@
+"""Speed of training, without compilation, and where the time goes; prints a Markdown table.
+
+    python benchmark/speed.py
+    python benchmark/speed.py --env-id RobotWarehouse-v0 --scenario tiny-2ag --guiders sable --num-envs 64 256 1024
+
+All configurations are compiled first and then timed in turn (A B A B ...), a product of two 1024 x 1024 matrices among
+them, so that a busy moment of the machine strikes all alike. Each figure is a median over the rounds.
+"""
+import dataclasses
+import functools
+import importlib.util
+import os
+import sys
+import time
+from typing import Any, Callable, Tuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+@dataclasses.dataclass
+class Options:
+    scripts: Tuple[str, ...] = ("magpo_ff.py",)  # scripts to time
+    guiders: Tuple[str, ...] = ("mat", "sable")  # guiders to time
+    num_envs: Tuple[int, ...] = (64,)  # numbers of environments to time
+    env_id: str = "CoordSum-v0"
+    scenario: str = "3x10-30"
+    num_steps: int = 128  # T
+    num_minibatches: int = 2
+    update_epochs: int = 4
+    num_devices: int = 1  # on a CPU, more than one splits it
+    rounds: int = 8  # timed rounds
+
+
+def load(script: str) -> Any:
+    """Imports a script of the repository's root by its file name."""
+    sys.path.insert(0, ROOT)
+    spec = importlib.util.spec_from_file_location(script[: -len(".py")], os.path.join(ROOT, script))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def seconds(function: Callable, *inputs: Any) -> float:
+    start = time.perf_counter()
+    jax.block_until_ready(function(*inputs))
+    return time.perf_counter() - start
+
+
+def random_policy(env: Any, args: Any, state: Any, key: jax.Array) -> jax.Array:
+    """Plays T steps in every environment with random legal actions and no resets -> sum of rewards."""
+
+    def step(carry, key):
+        env_state, obs = carry
+        action = jax.random.categorical(key, jnp.where(obs.action_mask, 0.0, -1e9))  # (B, N)
+        env_state, outcome = jax.vmap(env.step)(env_state, action)
+        return (env_state, outcome.obs), jnp.sum(outcome.reward)
+
+    return jnp.sum(jax.lax.scan(step, (state.env_state, state.obs), jax.random.split(key, args.num_steps))[1])
+
+
+class Configuration:
+    """One script at one setting, compiled, with the seconds of each of its parts."""
+
+    def __init__(self, options: Options, script: str, guider_name: str, num_envs: int):
+        m = load(script)
+        args = m.Args(
+            env_id=options.env_id, scenario=options.scenario, num_envs=num_envs, num_steps=options.num_steps,
+            num_minibatches=options.num_minibatches, update_epochs=options.update_epochs, guider=guider_name,
+            num_devices=options.num_devices)
+        m.check_args(args)
+        devices, env = m.choose_devices(args), m.make_env(args.env_id, args.scenario)
+        (guider, learner), optimizers = m.make_networks(args, env), m.make_optimizers(args)
+        parts, key = (args, env, guider, learner, optimizers), jax.random.PRNGKey(0)
+        self.args, self.name = args, f"{script[:-3]} {guider_name}"
+
+        start = time.perf_counter()
+        init = jax.pmap(functools.partial(m.init_state, *parts), in_axes=(None, 0), devices=devices)
+        self.state = init(key, jax.random.split(key, args.num_devices))
+        iterate = functools.partial(m.train_iteration, *parts)
+        self.iterate = jax.pmap(iterate, axis_name="device", devices=devices).lower(self.state).compile()
+        self.compile_s = time.perf_counter() - start
+
+        collect = jax.pmap(lambda state: m.collect(args, env, guider, state), devices=devices)
+        self.collect = collect.lower(self.state).compile()
+        play = jax.pmap(functools.partial(random_policy, env, args), in_axes=(0, None), devices=devices)
+        self.play = play.lower(self.state, key).compile()
+
+        # FLOPs of one minibatch's gradient, as the compiler counts them, for XLA counts the body of a loop once.
+        size = num_envs // args.num_devices * args.num_steps // args.num_minibatches
+        zeros = jax.tree.map(lambda x: jnp.zeros((size,) + x.shape[2:], x.dtype), self.state.obs)
+        floats = jnp.zeros((size, env.num_agents))
+        mb = m.Minibatch(zeros, floats.astype(jnp.int32), floats, floats, floats, floats)
+        params = jax.tree.map(lambda x: x[0], self.state.params)
+        loss = functools.partial(m.minibatch_loss, args=args, guider=guider, learner=learner)
+        grad = jax.vmap(jax.grad(lambda params, mb: loss(params, mb=mb)[0]), axis_name="device", in_axes=(None, 0))
+        analysis = jax.jit(grad).lower(params, jax.tree.map(lambda x: x[None], mb)).compile().cost_analysis()
+        updates = args.update_epochs * args.num_minibatches
+        self.update_flops = analysis["flops"] * updates * args.num_devices
+        self.times = {"iteration": [], "collect": [], "play": []}
+
+    def time_once(self) -> None:
+        self.times["iteration"].append(seconds(self.iterate, self.state))
+        self.times["collect"].append(seconds(self.collect, self.state))
+        self.times["play"].append(seconds(self.play, self.state, jax.random.PRNGKey(1)))
+
+    def row(self, matmul_flops: float) -> list:
+        iteration, collect, play = (np.median(self.times[name][1:]) for name in ("iteration", "collect", "play"))
+        steps, rate = self.args.num_envs * self.args.num_steps, self.update_flops / (iteration - collect)
+        return [self.name, self.args.num_envs, f"{steps / iteration:,.0f}", f"{self.compile_s:.0f}",
+                f"{collect / iteration:.0%}", f"{1 - collect / iteration:.0%}", f"{steps / play:,.0f}",
+                f"{rate / 1e9:,.1f}", f"{rate / matmul_flops:.0%}"]
+
+
+def main() -> None:
+    options = tyro.cli(Options)
+    if options.num_devices > 1:
+        jax.config.update("jax_num_cpu_devices", options.num_devices)
+    configurations = [Configuration(options, script, guider, num_envs) for script in options.scripts
+                      for guider in options.guiders for num_envs in options.num_envs]
+    matrix, products = jax.random.normal(jax.random.PRNGKey(0), (1024, 1024)), []
+    product = jax.jit(lambda x: x @ x)
+    for _ in range(options.rounds + 1):  # the first is a warm-up
+        products.append(min(seconds(product, matrix) for _ in range(5)))
+        for configuration in configurations:
+            configuration.time_once()
+    matmul_flops = 2 * 1024**3 / np.median(products[1:])
+    print(f"{options.env_id} {options.scenario}, {options.num_steps} steps, {options.update_epochs} epochs, "
+          f"{options.num_minibatches} minibatches, {options.num_devices} x {jax.devices()[0].device_kind}, "
+          f"jax {jax.__version__}; a 1024^3 matrix product: {matmul_flops / 1e9:,.0f} GFLOP/s\n")
+    header = ["configuration", "environments", "steps/s", "compile s", "rollout", "update", "environment steps/s",
+              "update GFLOP/s", "of the product's"]
+    for cells in [header, ["---"] * len(header)] + [c.row(matmul_flops) for c in configurations]:
+        print("| " + " | ".join(map(str, cells)) + " |")
+
+
+if __name__ == "__main__":
+    main()
