@@ -14,6 +14,7 @@ of the cores each are done sooner than one after the other on all of them. On on
 """
 import argparse
 import ast
+import functools
 import json
 import os
 import re
@@ -25,19 +26,25 @@ import sys
 import time
 
 
+@functools.cache
+def read_defaults(script: str) -> dict:
+    """A script's flags and their defaults, read from its class Args without running it."""
+    with open(script) as file:
+        body = next(x.body for x in ast.parse(file.read()).body if isinstance(x, ast.ClassDef) and x.name == "Args")
+    defaults = {x.target.id: getattr(x.value, "value", None) for x in body if isinstance(x, ast.AnnAssign)}
+    return defaults | {"exp_name": os.path.basename(script)[: -len(".py")]}  # the one that is no constant
+
+
 def parse(line: str) -> tuple:
     """A command -> its script, and all arguments it stands for (dict): the script's defaults, then the flags."""
     script, *words = shlex.split(line)[1:]
-    with open(script) as file:
-        parts = next(x.body for x in ast.parse(file.read()).body if isinstance(x, ast.ClassDef) and x.name == "Args")
-    args = {x.target.id: getattr(x.value, "value", None) for x in parts if isinstance(x, ast.AnnAssign)}
-    args["exp_name"] = os.path.basename(script)[: -len(".py")]  # the one default that is no plain number or text
+    args = dict(read_defaults(script))
     while words:
         flag, _, text = words.pop(0).partition("=")
         name = flag.removeprefix("--").replace("-", "_")
         switch = isinstance(args.get(name.removeprefix("no_")), bool)
-        if not flag.startswith("--") or name.removeprefix("no_" if switch else "") not in args:
-            raise ValueError(f"{script} has no flag {flag}: {line}")
+        if not flag.startswith("--") or not (switch or name in args and (text or words)):
+            raise ValueError(f"{script} has no flag {flag}, or it lacks its value: {line}")
         if switch:
             args[name.removeprefix("no_")] = not name.startswith("no_")
         else:
@@ -53,11 +60,14 @@ def run_name(args: dict) -> str:
 
 
 def read_run(folder: str) -> tuple:
-    """A run's folder -> args.json (dict), rows of metrics.jsonl (list of dicts), and whether it reached its last step."""
-    with open(os.path.join(folder, "args.json")) as file:
-        about = json.load(file)
-    with open(os.path.join(folder, "metrics.jsonl")) as file:
-        rows = [json.loads(line) for line in file if line.endswith("\n")]  # the last line may be cut off
+    """A run's folder -> args.json (dict), rows of metrics.jsonl (list of dicts), True if evaluated at its last step."""
+    try:
+        with open(os.path.join(folder, "args.json")) as file:
+            about = json.load(file)
+        with open(os.path.join(folder, "metrics.jsonl")) as file:
+            rows = [json.loads(line) for line in file if line.endswith("\n")]  # the last line may be cut off
+    except (OSError, ValueError):  # stopped before there was anything to read
+        return {}, [], False
     steps = about["args"]["num_envs"] * about["args"]["num_steps"]
     last_step = about["args"]["total_timesteps"] // steps * steps
     return about, rows, bool(rows) and rows[-1]["global_step"] == last_step
@@ -69,29 +79,20 @@ def find_runs(args: dict) -> list:
     return [os.path.join(args["run_dir"], x) for x in sorted(names) if x.rpartition("__")[0] == run_name(args)]
 
 
-def is_complete(folder: str) -> bool:
-    """True if the run in this folder was evaluated at its last step, whatever its arguments are."""
-    try:
-        return read_run(folder)[2]
-    except (OSError, ValueError):  # it was stopped before there was anything to read
-        return False
-
-
 def is_finished(script: str, args: dict) -> bool:
     """True if there is a complete run of this script with these arguments."""
-    for folder in filter(is_complete, find_runs(args)):
-        about, _, _ = read_run(folder)
-        ignored = {"run_dir"} | ({"num_devices"} if args["num_devices"] == 0 else set())  # 0 is recorded as the number
-        differ = [name for name in args.keys() - ignored if about["args"].get(name, args[name]) != args[name]]
-        if os.path.basename(about["command"].split()[0]) == os.path.basename(script) and not differ:
-            return True
+    ignored = {"run_dir"} | ({"num_devices"} if args["num_devices"] == 0 else set())  # 0 is recorded as the number used
+    for about, _, complete in map(read_run, find_runs(args)):
+        same = complete and os.path.basename(about["command"].split()[0]) == os.path.basename(script)
+        if same and all((read_defaults(script) | about["args"])[name] == args[name] for name in args.keys() - ignored):
+            return True  # a flag that was not there yet counts with its default
     return False
 
 
 def start(line: str, args: dict, cores: list) -> subprocess.Popen:
     """Starts a command on some of the CPU's cores (empty: on all), its output in a file beside the run's folder."""
     for folder in find_runs(args):
-        if not is_complete(folder):
+        if not read_run(folder)[2]:
             shutil.rmtree(folder)
     os.makedirs(args["run_dir"], exist_ok=True)
     all_cores = os.sched_getaffinity(0) if cores else None

@@ -95,10 +95,10 @@ def test_golden_ends(replay):
 def test_rware_time_limit_terminates():
     """RWARE reports its time limit with discount 0, which cannot be told from a collision and ends the returns."""
     env = script.make_env(RWARE, "tiny-2ag")
-    state, _ = jax.jit(env.reset)(jax.random.PRNGKey(0))
-    state = state.replace(step_count=jnp.full_like(state.step_count, env.env.time_limit - 1))
-    _, outcome = jax.jit(env.step)(state, jnp.zeros(2, jnp.int32))
-    assert outcome.last and outcome.discount == 0
+    (state, _), step = jax.jit(env.reset)(jax.random.PRNGKey(0)), jax.jit(env.step)
+    for step_count, last in ((498, False), (499, True)):
+        _, outcome = step(state.replace(step_count=jnp.full_like(state.step_count, step_count)), jnp.zeros(2, jnp.int32))
+        assert (outcome.last, outcome.discount) == (last, 0 if last else 1)
 
 
 def test_connector_win():
@@ -106,14 +106,14 @@ def test_connector_win():
     env = script.make_env(CONNECTOR, "con-5x5x3a")
     assert env.has_win_rate
     assert not script.make_env(LBF, "8x8-2p-2f-coop").has_win_rate
-    state, _ = jax.jit(env.reset)(jax.random.PRNGKey(0))
-    grid = np.zeros((5, 5), np.int32)
+    shapes = jax.eval_shape(env.reset, jax.random.PRNGKey(0))[0]
+    state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    grid, rows, ones = np.zeros((5, 5), np.int32), jnp.arange(3), jnp.ones(3, jnp.int32)
     grid[:3, 1], grid[:3, 2] = (2, 5, 8), (3, 6, 9)  # each head to the left of its target
-    rows = jnp.arange(3)
-    agents = state.agents.replace(
-        start=jnp.stack([rows, jnp.ones(3, int)], 1), position=jnp.stack([rows, jnp.ones(3, int)], 1),
-        target=jnp.stack([rows, 2 * jnp.ones(3, int)], 1))
-    state, step = state.replace(grid=jnp.asarray(grid), agents=agents), jax.jit(env.step)
+    heads, targets = jnp.stack([rows, ones], 1), jnp.stack([rows, 2 * ones], 1)
+    agents = state.agents.replace(id=rows, start=heads, position=heads, target=targets)
+    state = state.replace(grid=jnp.asarray(grid), agents=agents, action_mask=jnp.ones((3, 5), bool))
+    step = jax.jit(env.step)
     _, partly = step(state, jnp.array([2, 2, 0]))  # 2: to the right
     _, fully = step(state, jnp.array([2, 2, 2]))
     assert not partly.last and not partly.won and partly.discount == 1

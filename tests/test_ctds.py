@@ -1,0 +1,90 @@
+"""CTDS is MAGPO without its tether: in the code, and in what it can learn."""
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import ctds_ff
+import magpo_ff
+
+NUM_SEEDS = 10
+
+
+class MatchingGame:
+    """Two agents, two actions, nothing to see; reward 1 if the actions differ; ten independent steps an episode.
+
+    An equal mixture of (0, 1) and (1, 0) is optimal for a teacher, and has no product form.
+    """
+
+    num_agents, num_actions, has_win_rate = 2, 2, False
+
+    def observe(self):
+        return magpo_ff.Observation(jnp.eye(2), jnp.ones((2, 2), bool))
+
+    def reset(self, key):
+        del key
+        return jnp.zeros((), jnp.int32), self.observe()
+
+    def step(self, state, action):
+        reward = jnp.full((2,), action[0] != action[1], jnp.float32)
+        last = state == 9
+        return state + 1, magpo_ff.Outcome(self.observe(), reward, 1.0 - last, last, jnp.zeros((), bool))
+
+
+def train(script, env, num_iterations, seeds, **flags):
+    """Trains one run for each seed, side by side -> a function from no arguments to the final state (seeds, 1, ...)."""
+    args = script.Args(num_devices=1, embed_dim=16, learner_hidden_dim=16, **flags)
+    guider, learner = script.make_networks(args, env)
+    parts = (args, env, guider, learner, script.make_optimizers(args))
+    iterate = jax.vmap(jax.vmap(functools.partial(script.train_iteration, *parts), axis_name="device"))
+    init = jax.vmap(jax.vmap(functools.partial(script.init_state, *parts)))
+
+    @jax.jit
+    def run(keys):
+        state = init(keys, jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys[:, 0])[:, None])
+        return jax.lax.fori_loop(0, num_iterations, lambda _, state: iterate(state)[0], state)
+
+    state = run(jnp.stack([jax.random.PRNGKey(seed) for seed in seeds])[:, None])
+    return state, guider, learner
+
+
+@pytest.mark.parametrize("guider", ["mat", "sable"])
+def test_magpo_without_tether_and_rl_term_is_ctds(guider):
+    """delta = inf and lambda = 0 give the parameters of CTDS from the same seed."""
+    env = magpo_ff.make_env("CoordSum-v0", "2x4-5")
+    flags = dict(num_envs=4, num_steps=8, total_timesteps=320, guider=guider)
+    magpo, _, _ = train(magpo_ff, env, 3, [3], delta=float("inf"), learner_rl_coef=0.0, **flags)
+    ctds, _, _ = train(ctds_ff, env, 3, [3], **flags)
+    tethered, _, _ = train(magpo_ff, env, 3, [3], delta=1.01, learner_rl_coef=0.0, **flags)
+
+    def distance(params):
+        return max(float(np.abs(a - b).max()) for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(ctds.params)))
+
+    assert distance(magpo.params) < 1e-6
+    assert distance(tethered.params) > 1e-4
+
+
+def success(policy_probs):
+    """(seeds, 2 agents, 2 actions) -> probability that independent actions differ, (seeds,)."""
+    first, second = policy_probs[:, 0, 0], policy_probs[:, 1, 0]
+    return first * (1 - second) + second * (1 - first)
+
+
+def matching(script, **flags):
+    """-> success of the guider and of the learner in the matching game, each (seeds,)."""
+    env = MatchingGame()
+    state, guider, learner = train(
+        script, env, 40, range(NUM_SEEDS), num_envs=16, num_steps=10, learning_rate=3e-3, num_minibatches=1,
+        guider="mat", ent_coef=0.05, **flags)
+    params, obs = jax.tree.map(lambda x: x[:, 0], state.params), env.observe()
+    learner_probs = jax.vmap(lambda p: jax.nn.softmax(learner.apply(p, obs.agents_view)))(params.learner)
+
+    def joint(params):  # the guider's probability of each first action, and of the other one after it
+        pairs = jnp.array([[0, 0], [1, 0]])
+        logits, _ = guider.apply(params, jnp.stack([obs.agents_view] * 2), pairs)
+        probs = jax.nn.softmax(logits)  # (2 first actions, 2 agents, 2 actions)
+        return probs[0, 0, 0] * probs[0, 1, 1] + probs[1, 0, 1] * probs[1, 1, 0]
+
+    return np.asarray(jax.vmap(joint)(params.guider)), np.asarray(success(learner_probs))

@@ -1,0 +1,115 @@
+"""Two devices are one: the same gradient from the same samples, equal parameters for ever, different experience.
+
+The number of CPU devices must be set before JAX's first use, hence a process of its own: this file is its program, too.
+"""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import random_obs, random_params, scripts_with
+
+GRADIENT = scripts_with("minibatch_loss", "Minibatch", "Learner", feed_forward=True)
+TRAINING = scripts_with("init_state", "collect", "make_minibatches", "train_iteration", feed_forward=True, distinct=True)
+
+
+def gradient_difference(script):
+    """How far apart, relative to each leaf, the mean gradient of two devices is from one device's on all samples."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    guider, learner = script.Guider("sable", 2, 4, 1, 1, 8), script.Learner(4, 8)
+    obs, rng = random_obs(script, 0, 32, 2, 4), np.random.default_rng(0)
+    action = jnp.argmax(obs.action_mask, axis=-1)
+    params = script.Params(random_params(guider, 1, obs.agents_view, action), random_params(learner, 2, obs.agents_view))
+    numbers = [jnp.asarray(x, jnp.float32) for x in rng.normal(size=(4, 32, 2))]
+    numbers[2] += jnp.repeat(jnp.array([0.0, 3.0]), 16)[:, None]  # advantages whose mean is another on each device
+    mb, loss = script.Minibatch(obs, action, *numbers), functools.partial(script.minibatch_loss, args=script.Args())
+
+    def gradient(mb):
+        grads = jax.grad(lambda p: loss(p, guider=guider, learner=learner, mb=mb)[0])(params)
+        return jax.lax.pmean(grads, "device")
+
+    def on_devices(number):
+        shares = jax.tree.map(lambda x: x.reshape(number, -1, *x.shape[1:]), mb)
+        grads = jax.pmap(gradient, axis_name="device", devices=jax.devices()[:number])(shares)
+        return jax.tree.map(lambda x: np.asarray(x)[0], grads)
+
+    one, two = on_devices(1), on_devices(2)
+    difference = jax.tree.map(lambda x, y: np.abs(y - x).max() / (1e-3 + np.abs(x).max()), one, two)
+    assert max(np.abs(x).max() for x in jax.tree.leaves(one)) > 1e-2
+    return float(max(jax.tree.leaves(difference)))
+
+
+def train_on_two(script):
+    """What one iteration on two devices leaves: are parameters and metrics equal, have they moved, is the rest equal?"""
+    import jax
+    import numpy as np
+
+    args = script.Args(num_envs=8, num_steps=4, num_devices=2, update_epochs=2, embed_dim=4, learner_hidden_dim=4)
+    env = script.make_env("CoordSum-v0", "2x4-5")
+    parts = (args, env, *script.make_networks(args, env), script.make_optimizers(args))
+    keys = jax.random.split(jax.random.PRNGKey(0), 2)
+    before = jax.pmap(functools.partial(script.init_state, *parts), in_axes=(None, 0))(jax.random.PRNGKey(1), keys)
+    after, metrics = jax.pmap(functools.partial(script.train_iteration, *parts), axis_name="device")(before)
+
+    def same(tree):
+        return all(np.array_equal(x[0], x[1]) for x in jax.tree.leaves(tree))
+
+    return {
+        "parameters equal at the start": same(before.params),
+        "parameters equal": same((after.params, after.opt_state)),
+        "metrics equal": same(metrics),
+        "parameters moved": not any(np.array_equal(x, y) for x, y in zip(*(
+            [p for p in jax.tree.leaves(state.params) if p.ndim > 2] for state in (before, after)))),
+        "start states equal": same(before.obs.agents_view),
+        "observations equal": same(after.obs.agents_view),
+        "actions equal": same(after.env_state.counts.sum(axis=2)),  # how often agent 0 played what
+        "keys equal": same(after.key),
+        "shape of observations": list(after.obs.agents_view.shape[:3]),
+    }
+
+
+if __name__ == "__main__":
+    import jax
+
+    jax.config.update("jax_num_cpu_devices", 2)
+    jax.config.update("jax_disable_most_optimizations", True)  # a third of the time to compile
+    report = {"gradient": {param.id: gradient_difference(param.values[0]) for param in GRADIENT},
+              "training": {param.id: train_on_two(param.values[0]) for param in TRAINING}}
+    json.dump(report, sys.stdout)
+    sys.exit()
+
+
+@pytest.fixture(scope="module")
+def report():
+    """What this file prints when run."""
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.path.dirname(os.path.dirname(__file__))}
+    result = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+@pytest.mark.parametrize("script", [param.id for param in GRADIENT])
+def test_gradient_is_that_of_one_device(report, script):
+    """The mean of two devices' gradients is one device's on all samples, with advantages normalised over both."""
+    assert report["gradient"][script] < 1e-5
+
+
+@pytest.mark.parametrize("script", [param.id for param in TRAINING])
+def test_parameters_stay_equal(report, script):
+    """After an iteration parameters, optimizer states and metrics are the same to the bit on both, and have moved."""
+    for name in ("parameters equal at the start", "parameters equal", "metrics equal", "parameters moved"):
+        assert report["training"][script][name], name
+
+
+@pytest.mark.parametrize("script", [param.id for param in TRAINING])
+def test_experience_differs(report, script):
+    """Each device has its half of the environments, and start states, actions and keys of its own."""
+    assert report["training"][script]["shape of observations"] == [2, 4, 2]
+    for name in ("start states equal", "observations equal", "actions equal", "keys equal"):
+        assert not report["training"][script][name], name

@@ -1,0 +1,204 @@
+"""Tests of the scripts as text: short, flat, alone, alike, and in step with the README."""
+
+import ast
+import importlib
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+SCRIPTS = [name for name in ("ctds_ff", "magpo_ff", "magpo_rec") if (ROOT / f"{name}.py").exists()]
+OWN_FILES = {path.stem for path in ROOT.glob("*.py")}
+README = ROOT / "README.md"
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+
+# Functions and classes that two scripts share by name but not by text, because they are what differs.
+ALLOWED_DIFFERENCES = {
+    ("ctds_ff", "magpo_ff"): set(),
+    ("magpo_ff", "magpo_rec"): set(),
+}
+
+
+def text(script):
+    return (ROOT / f"{script}.py").read_text()
+
+
+def definitions(script):
+    """The functions and classes at the top level of a script, by name."""
+    return {node.name: node for node in ast.parse(text(script)).body if isinstance(node, (*FUNCTIONS, ast.ClassDef))}
+
+
+def readme():
+    if not README.exists():
+        pytest.skip("there is no README.md yet")
+    return README.read_text()
+
+
+for_each_script = pytest.mark.parametrize("script", SCRIPTS)
+for_each_magpo = pytest.mark.parametrize("script", [name for name in SCRIPTS if name.startswith("magpo")])
+
+
+# -------------------------------------------------------------------------------------------------------- short, flat
+@for_each_script
+def test_length_of_file(script):
+    """A script has at most 860 lines of at most 120 characters."""
+    lines = text(script).splitlines()
+    assert len(lines) <= 860
+    assert [i for i, line in enumerate(lines, 1) if len(line) > 120] == []
+
+
+@for_each_script
+def test_no_deep_nesting(script):
+    """No function is defined more than three functions deep, no statement is indented more than six times."""
+
+    def depth(node):
+        below = max((depth(child) for child in ast.iter_child_nodes(node)), default=0)
+        return below + isinstance(node, FUNCTIONS)
+
+    tree = ast.parse(text(script))
+    assert depth(tree) <= 3
+    assert [node.lineno for node in ast.walk(tree) if isinstance(node, ast.stmt) and node.col_offset > 24] == []
+
+
+@for_each_script
+def test_short_functions(script):
+    """No function has more than 70 lines, apart from `main`, `train` and those of network modules."""
+    top = definitions(script).values()
+    networks = {n.name for n in top if isinstance(n, ast.ClassDef) and "Module" in "".join(map(ast.unparse, n.bases))}
+    functions = []
+    for node in top:
+        if node.name not in networks | {"main", "train", "Args"}:
+            functions += [n for n in ast.walk(node) if isinstance(n, FUNCTIONS)]
+    assert len(functions) > 20
+    assert {n.name: n.end_lineno - n.lineno + 1 for n in functions if n.end_lineno - n.lineno >= 70} == {}
+
+
+# --------------------------------------------------------------------------------------------------------- alone, alike
+@for_each_script
+def test_stands_alone(script):
+    """At module level a script imports nothing of ours and nothing optional; inside functions only coordsum is ours."""
+
+    def imported(node):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
+        return {name.split(".")[0] for name in names}
+
+    tree = ast.parse(text(script))
+    anywhere = {n: imported(n) for n in ast.walk(tree) if isinstance(n, (ast.Import, ast.ImportFrom))}
+    functions = [n for n in ast.walk(tree) if isinstance(n, FUNCTIONS)]
+    lazy = {n for function in functions for n in ast.walk(function) if n in anywhere}
+    at_import = set().union(*(names for node, names in anywhere.items() if node not in lazy))
+    assert "jax" in at_import
+    assert at_import & (OWN_FILES | {"jaxmarl", "wandb", "matplotlib", "jumanji"}) == set()
+    assert set().union(*anywhere.values()) & OWN_FILES == {"coordsum"}
+
+
+@pytest.mark.parametrize("pair", ALLOWED_DIFFERENCES, ids="-".join)
+def test_twins(pair):
+    """What two scripts share by name is the same to the letter, apart from what is listed, and what is listed differs."""
+    if not set(pair) <= set(SCRIPTS):
+        pytest.skip(f"only {SCRIPTS} exist")
+
+    def source(script, node):
+        first = min([node.lineno] + [decorator.lineno for decorator in node.decorator_list])
+        return "\n".join(text(script).splitlines()[first - 1 : node.end_lineno])
+
+    left, right = (definitions(script) for script in pair)
+    shared = left.keys() & right.keys()
+    assert len(shared) > 10
+    assert {n for n in shared if source(pair[0], left[n]) != source(pair[1], right[n])} == ALLOWED_DIFFERENCES[pair]
+
+
+# ------------------------------------------------------------------------------------------------------- the algorithm
+@for_each_magpo
+def test_four_steps(script):
+    """The four steps are marked once each, in order."""
+    assert re.findall(r"# STEP (\d)/4", text(script)) == ["1", "2", "3", "4"]
+
+
+@for_each_magpo
+def test_delta_in_three_places(script):
+    """delta is a flag, and enters the loss in two places: the double clip and the mask of the KL term."""
+    reads = []
+    for name, node in definitions(script).items():
+        calls = [n for n in ast.walk(node) if isinstance(n, ast.Call)]
+        called_with = {arg: ast.unparse(call.func) for call in calls for arg in call.args}
+        attributes = [n for n in ast.walk(node) if isinstance(n, ast.Attribute) and ast.unparse(n) == "args.delta"]
+        reads += [called_with.get(n) for n in attributes if name != "check_args"]
+    assert sorted(map(str, reads)) == ["double_clip", "kl_mask"]
+    takes_delta = {name for name, node in definitions(script).items() for n in ast.walk(node)
+                   if isinstance(n, ast.arg) and n.arg == "delta"}
+    assert takes_delta == {"double_clip", "kl_mask"}
+
+
+@pytest.mark.skipif("ctds_ff" not in SCRIPTS, reason="ctds_ff.py does not exist")
+def test_no_delta_without_magpo():
+    """The baseline knows no delta: no flag, no double clip, no mask."""
+    names = {n.arg if isinstance(n, ast.arg) else getattr(n, "attr", getattr(n, "id", None))
+             for n in ast.walk(ast.parse(text("ctds_ff")))}
+    assert names & {"delta", "double_clip", "kl_mask"} == set()
+
+
+# ---------------------------------------------------------------------------------------------------------- the README
+def details(script):
+    return [int(number) for number in re.findall(r"\bD(\d+):", text(script))]
+
+
+@for_each_script
+def test_details_once_in_the_code(script):
+    """Each numbered detail has its number once in a script."""
+    numbers = details(script)
+    assert len(numbers) > 5
+    assert len(set(numbers)) == len(numbers)
+
+
+def test_details_in_the_readme():
+    """Each numbered detail of any script has one row in the README's table, and each row is in some script."""
+    rows = re.findall(r"^\| *D(\d+) *\|", readme(), re.M)
+    assert sorted(map(int, rows)) == sorted({number for script in SCRIPTS for number in details(script)})
+
+
+def commands(document):
+    """The commands `python SCRIPT.py ...` in indented or fenced lines, those that go on after a backslash joined."""
+    lines = document.replace("\\\n", " ").splitlines()
+    found = [re.match(r"\s*(?:\$ )?python3? (\w+)\.py\b([^#|&;]*)", line) for line in lines]
+    return [(match[1], shlex.split(match[2])) for match in found if match and match[1] in SCRIPTS]
+
+
+def check_command(script, flags, monkeypatch, capsys):
+    """Runs a command with --dry-run; one that asks for several devices needs a process of its own."""
+    command = [f"{script}.py", *flags, "--dry-run"]
+    if "--num-devices" in flags:
+        done = subprocess.run([sys.executable, ROOT / command[0], *command[1:]], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return
+    monkeypatch.setattr(sys, "argv", command)
+    try:
+        status = importlib.import_module(script).main()
+    except SystemExit as exit:
+        status = exit.code
+    assert status == 0, (" ".join(command), capsys.readouterr().err)
+
+
+@for_each_script
+def test_commands_of_the_docstring(script, monkeypatch, capsys, tmp_path):
+    """The two commands at the top of a script are accepted as they stand."""
+    monkeypatch.chdir(tmp_path)
+    found = commands(ast.get_docstring(ast.parse(text(script))))
+    assert len(found) == 2 and {name for name, _ in found} == {script}
+    for name, flags in found:
+        check_command(name, flags, monkeypatch, capsys)
+
+
+def test_commands_of_the_readme(monkeypatch, capsys, tmp_path):
+    """The training commands in the README are accepted as they stand."""
+    blocks = re.findall(r"^```(?:bash|sh|shell|console)\n(.*?)^```", readme(), re.M | re.S)
+    monkeypatch.chdir(tmp_path)
+    found = commands("\n".join(blocks))
+    assert {name for name, _ in found} == set(SCRIPTS)
+    for name, flags in found:
+        if not {"--resume", "--eval-only"} & set(flags):  # these need a run to go on from
+            check_command(name, flags, monkeypatch, capsys)
