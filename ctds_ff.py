@@ -12,8 +12,8 @@ the CTCE baseline (MAT or Sable). An iteration has three steps:
     2. improve   the teacher by PPO                      `guider_loss`
     3. follow    the student minimises KL(mu || pi)      `learner_loss`
 
-Read it by `diff ctds_ff.py magpo_ff.py`, which is the paper's contribution. So that it shows nothing else, the code keeps
-MAGPO's names: the guider is the teacher, the learner is the student, in metrics too, so that runs of both plot together.
+Read it by `diff ctds_ff.py magpo_ff.py`, which is the paper's contribution. So that it shows nothing else, the code
+keeps MAGPO's names: the guider is the teacher, the learner is the student, in metrics too, so that both plot together.
 
 Shapes: T steps of a rollout, B environments per device, M samples of a minibatch, N agents, A actions, O observation
 features, E embedding, H heads, D devices.
@@ -92,7 +92,8 @@ def check_args(args: Args) -> None:
         "num_heads num_blocks learner_hidden_dim learning_rate max_grad_norm clip_coef"
     rules = [(name, lambda x: 0 < x < math.inf, "must be above 0, and finite") for name in positive.split()]
     rules += [(name, lambda x: 0 <= x < math.inf, "must be finite and not negative")
-              for name in ("ent_coef", "vf_coef", "num_devices", "seed")]
+              for name in ("ent_coef", "vf_coef", "num_devices")]
+    rules += [("seed", lambda x: 0 <= x < 2**32, "must be in [0, 2**32)")]
     rules += [(name, lambda x: 0 <= x <= 1, "must be in [0, 1]") for name in ("gamma", "gae_lambda")]
     rules += [("embed_dim", lambda x: x % args.num_heads == 0, f"must be divisible by --num-heads {args.num_heads}")]
     steps = args.num_envs * args.num_steps
@@ -221,9 +222,12 @@ def scenario_kwargs(env_id: str, scenario: str) -> dict:
         return {"generator": RwareGenerator(rows, columns, 8, agents, sensor_range=1, request_queue_size=requests)}
     if env_id == "LevelBasedForaging-v0":
         sight, size, agents, food, coop = parse(r"(?:(\d+)s-)?(\d+)x\2-(\d+)p-(\d+)f(-coop)?", "2s-10x10-3p-3f")
-        return {"generator": LbfGenerator(size, agents, food, sight or size, max_agent_level=2, force_coop=bool(coop))}
+        sight = size if sight is None else sight
+        return {"generator": LbfGenerator(size, agents, food, sight, max_agent_level=2, force_coop=coop is not None)}
     if env_id == "Connector-v3":
         size, agents = parse(r"con-(\d+)x\1x(\d+)a", "con-5x5x3a")
+        if 2 * agents > size**2:
+            raise ValueError("leaves no room for every agent's head and target")
         # D5: the papers' boards; the environment's own default generator draws other ones.
         return {"generator": LegacyRandomWalkGenerator(size, agents), "time_limit": size**2}
     raise ValueError(f"{env_id} takes none")
@@ -246,8 +250,9 @@ def make_env(env_id: str, scenario: str) -> TeamEnv:
         raise ValueError(f"--env-id {env_id}: unknown, try {known} or the id of another Jumanji environment")
     try:
         env = jumanji.make(env_id, **scenario_kwargs(env_id, scenario))
-    except (AssertionError, ValueError) as error:
-        raise ValueError(f"--scenario {scenario}: {error}") from error
+        jax.eval_shape(env.reset, jax.random.PRNGKey(0))  # some sizes fail only here
+    except (AssertionError, TypeError, ValueError) as error:
+        raise ValueError(f"--scenario {scenario}: {str(error).splitlines()[0]}") from error
     needed = {"action_mask", "grid" if env_id == "Connector-v3" else "agents_view"}
     missing = needed - set(getattr(env.observation_spec, "_specs", {}))
     if missing:
@@ -570,6 +575,42 @@ def normalise(x: jax.Array) -> jax.Array:
     return (x - mean) / (jnp.sqrt(variance) + 1e-8)
 
 
+# -------------------- One iteration: the three steps ------------------------------------------------------------------
+def collect(args: Args, env: TeamEnv, guider: Guider, state: TrainState) -> Tuple[TrainState, Transition, dict]:
+    """Plays T steps in B environments with the guider -> state, rollout (T, B, ...), sums over the ended episodes.
+
+    D11: fresh start states come from a pool of B made once per rollout, because a reset inside the step would be
+    computed for every environment in every step. The k-th episode that ends is followed by entry k; if more than B end,
+    the entries are used again, by other environments.
+    """
+    key, pool_key, act_key = jax.random.split(state.key, 3)
+    batch_size = state.running_length.shape[0]
+    pool = jax.vmap(env.reset)(jax.random.split(pool_key, batch_size))
+
+    def step(carry, key):
+        state, num_ended = carry
+        # STEP 1/3: the teacher acts
+        action, log_prob, value = guider_act(guider, state.params.guider, state.obs, key)
+        env_state, (next_obs, reward, discount, last, _) = jax.vmap(env.step)(state.env_state, action)
+        transition = Transition(state.obs, action, log_prob, value, reward, discount, last, next_obs)
+
+        entry = (num_ended + jnp.cumsum(last) - 1) % batch_size
+        fresh = jax.tree.map(lambda x: x[entry], pool)
+        select = jax.vmap(lambda last, new, old: jax.tree.map(functools.partial(jnp.where, last), new, old))
+        env_state, obs = select(last, fresh, (env_state, next_obs))
+
+        running_return, running_length = state.running_return + jnp.mean(reward, axis=1), state.running_length + 1
+        episodes = {
+            "return": jnp.sum(running_return * last), "length": jnp.sum(running_length * last), "number": jnp.sum(last)}
+        state = state._replace(
+            env_state=env_state, obs=obs, running_return=running_return * ~last, running_length=running_length * ~last)
+        return (state, num_ended + jnp.sum(last)), (transition, episodes)
+
+    carry = (state._replace(key=key), jnp.zeros((), jnp.int32))
+    (state, _), (rollout, episodes) = jax.lax.scan(step, carry, jax.random.split(act_key, args.num_steps))
+    return state, rollout, jax.tree.map(lambda x: jnp.sum(x, dtype=jnp.float32), episodes)
+
+
 def minibatch_loss(params: Params, args: Args, guider: Guider, learner: Learner, mb: Minibatch):
     """Steps 2 and 3 on one minibatch -> total loss, dict of its parts.
 
@@ -606,42 +647,6 @@ def minibatch_loss(params: Params, args: Args, guider: Guider, learner: Learner,
         "clipfrac": jnp.mean(jnp.abs(ratio - 1) > args.clip_coef),
         "ratio": jnp.mean(ratio),
     }
-
-
-# -------------------- One iteration: the three steps ------------------------------------------------------------------
-def collect(args: Args, env: TeamEnv, guider: Guider, state: TrainState) -> Tuple[TrainState, Transition, dict]:
-    """Plays T steps in B environments with the guider -> state, rollout (T, B, ...), sums over the ended episodes.
-
-    D11: fresh start states come from a pool of B made once per rollout, because a reset inside the step would be
-    computed for every environment in every step. The k-th episode that ends is followed by entry k; if more than B end,
-    the entries are used again, by other environments.
-    """
-    key, pool_key, act_key = jax.random.split(state.key, 3)
-    batch_size = state.running_length.shape[0]
-    pool = jax.vmap(env.reset)(jax.random.split(pool_key, batch_size))
-
-    def step(carry, key):
-        state, num_ended = carry
-        # STEP 1/3: the teacher acts
-        action, log_prob, value = guider_act(guider, state.params.guider, state.obs, key)
-        env_state, (next_obs, reward, discount, last, _) = jax.vmap(env.step)(state.env_state, action)
-        transition = Transition(state.obs, action, log_prob, value, reward, discount, last, next_obs)
-
-        entry = (num_ended + jnp.cumsum(last) - 1) % batch_size
-        fresh = jax.tree.map(lambda x: x[entry], pool)
-        select = jax.vmap(lambda last, new, old: jax.tree.map(functools.partial(jnp.where, last), new, old))
-        env_state, obs = select(last, fresh, (env_state, next_obs))
-
-        running_return, running_length = state.running_return + jnp.mean(reward, axis=1), state.running_length + 1
-        episodes = {
-            "return": jnp.sum(running_return * last), "length": jnp.sum(running_length * last), "number": jnp.sum(last)}
-        state = state._replace(
-            env_state=env_state, obs=obs, running_return=running_return * ~last, running_length=running_length * ~last)
-        return (state, num_ended + jnp.sum(last)), (transition, episodes)
-
-    carry = (state._replace(key=key), jnp.zeros((), jnp.int32))
-    (state, _), (rollout, episodes) = jax.lax.scan(step, carry, jax.random.split(act_key, args.num_steps))
-    return state, rollout, jax.tree.map(lambda x: jnp.sum(x, dtype=jnp.float32), episodes)
 
 
 def make_minibatches(args: Args, rollout: Transition, advantage, value_target, key: jax.Array) -> Tuple[Minibatch, Any]:
@@ -816,7 +821,10 @@ class Logger:
         scenario = re.sub(r"[^\w.=-]", "_", args.scenario)
         self.name = f"{args.env_id}__{scenario}__{args.exp_name}__{args.seed}__{int(time.time())}"
         self.folder = os.path.join(args.run_dir, self.name)
-        os.makedirs(self.folder)
+        try:
+            os.makedirs(self.folder)
+        except OSError as error:
+            raise ValueError(f"--run-dir {args.run_dir}: cannot make {self.folder}: {error.strerror}") from error
         about = {"args": dataclasses.asdict(args), "command": " ".join(sys.argv)}
         about["versions"] = {x.__name__: x.__version__ for x in (jax, optax, distrax, np)}
         about["devices"] = [device.device_kind for device in jax.local_devices()[: args.num_devices]]
@@ -908,15 +916,15 @@ def main() -> int:
             jax.config.update("jax_num_cpu_devices", args.num_devices)
         devices = choose_devices(args)
         env = make_env(args.env_id, args.scenario)
+        task = f"{args.env_id} {args.scenario}".strip()
+        print(f"{script}: {task}, {env.num_agents} agents, {env.num_actions} actions, {args.guider} guider, "
+              f"{args.total_timesteps} steps, {args.num_devices} x {devices[0].device_kind}")
+        if args.dry_run:
+            return 0
+        logger = Logger(args)
     except ValueError as error:
         print(f"{script}: error: {error}", file=sys.stderr)
         return 2
-    task = f"{args.env_id} {args.scenario}".strip()
-    print(f"{script}: {task}, {env.num_agents} agents, {env.num_actions} actions, {args.guider} guider, "
-          f"{args.total_timesteps} steps, {args.num_devices} x {devices[0].device_kind}")
-    if args.dry_run:
-        return 0
-    logger = Logger(args)
     try:
         train(args, env, devices, logger)
     except KeyboardInterrupt:

@@ -46,7 +46,7 @@ def random_params(network, seed, *inputs):
     rng = np.random.default_rng(seed)
 
     def draw(path, x):
-        return jnp.asarray((path[-1].key == "scale") + rng.normal(0, 0.5, x.shape), x.dtype)
+        return jnp.asarray((path[-1].key == "scale") + rng.normal(0, 0.3, x.shape), float)
 
     shapes = jax.eval_shape(network.init, jax.random.PRNGKey(0), *inputs)
     return jax.tree_util.tree_map_with_path(draw, shapes)
@@ -58,4 +58,4 @@ def random_obs(script, seed, batch_size, num_agents, num_actions, num_features=5
     mask = rng.random((batch_size, num_agents, num_actions)) < 0.5
     mask |= np.eye(num_actions, dtype=bool)[rng.integers(num_actions, size=(batch_size, num_agents))]
     view = rng.normal(size=(batch_size, num_agents, num_features))
-    return script.Observation(jnp.asarray(view, jnp.float32), jnp.asarray(mask))
+    return script.Observation(jnp.asarray(view, float), jnp.asarray(mask))

@@ -173,7 +173,7 @@ NOTHING_BUT_KL = {**COEFS, "learner_rl_coef": 0.0, "ent_coef": 0.0, "vf_coef": 0
 @functools.cache
 def make_problem(script):
     """Networks with random parameters, and a minibatch that the guider, as it is, has acted on."""
-    guider = script.Guider("sable", NUM_AGENTS, NUM_ACTIONS, num_heads=2, num_blocks=1, embed_dim=8)
+    guider = script.Guider("mat", NUM_AGENTS, NUM_ACTIONS, num_heads=2, num_blocks=1, embed_dim=8)
     learner = script.Learner(NUM_ACTIONS, hidden_dim=8)
     obs = random_obs(script, 0, NUM_SAMPLES, NUM_AGENTS, NUM_ACTIONS)
     params = script.Params(random_params(guider, 1, obs.agents_view, jnp.zeros((NUM_SAMPLES, NUM_AGENTS), jnp.int32)),
@@ -526,11 +526,12 @@ def test_advantages_use_the_true_last_observation(iteration):
     view = rollout.next_obs.agents_view  # (T, B, N, O)
     encode = jax.jit(functools.partial(guider.apply, method="encode"))
     _, expected = encode(before.params.guider, view.reshape(-1, *view.shape[2:]))
-    np.testing.assert_allclose(next_value, expected.reshape(value.shape), rtol=1e-4, atol=1e-7)
+    assert np.ptp(next_value) > 1e-3
+    np.testing.assert_allclose(next_value, expected.reshape(value.shape), rtol=0, atol=1e-2 * np.ptp(next_value))
     for given, recorded in ((reward, rollout.reward), (value, rollout.value), (discount, rollout.discount),
                             (last, rollout.last)):
         np.testing.assert_array_equal(given, recorded)
-    assert np.any(last & (discount == 1)) and np.ptp(next_value) > 1e-4
+    assert np.any(last & (discount == 1))
     np.testing.assert_allclose((gamma, gae_lambda), (0.99, 0.95), rtol=1e-6)
 
 

@@ -189,7 +189,8 @@ def test_wandb_gets_the_same_rows(script, monkeypatch, tmp_path, capsys):
             log=lambda row, step: logged.append((step, dict(row))), finish=lambda: logged.append("finish"))
 
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
-    args = script.Args(run_dir=str(tmp_path), track=True, wandb_project_name="project", wandb_entity="team", num_devices=1)
+    args = script.Args(run_dir=str(tmp_path), track=True, num_devices=1)
+    args = dataclasses.replace(args, wandb_project_name="project", wandb_entity="team")
     logger = script.Logger(args)
     row = {"global_step": 64, "eval/learner_return": 1.5, "eval/guider_return": 2.5, "losses/value_loss": 0.25}
     logger.log(row)
@@ -211,7 +212,7 @@ def test_readme_names_every_metric():
 # ------------------------------------------------------------------------------------------------ runs, as processes
 @pytest.fixture(scope="session")
 def environ(tmp_path_factory):
-    """The variables for runs: a shared cache of compiled programs, hardly any optimisation, wandb without an account."""
+    """The variables for runs: a shared cache of compiled programs, hardly any optimisation, no account for wandb."""
     cache = str(tmp_path_factory.mktemp("cache"))
     return os.environ | {"WANDB_MODE": "offline", "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": cache,
                          "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "PYTHONUNBUFFERED": "1",
@@ -362,7 +363,8 @@ def test_interrupt(script, environ, tmp_path):
 @pytest.mark.parametrize("script", MAGPO[:1])
 def test_not_a_number(script, environ, tmp_path):
     """A loss that is not finite: exit status 1, one line with the term and the iteration; earlier rows are kept."""
-    done = run(script.__file__, [*TINY, "--run-dir", "out", "--guider", "mat", "--learning-rate", "1e30"], tmp_path, environ)
+    flags = [*TINY, "--run-dir", "out", "--guider", "mat", "--learning-rate", "1e30"]
+    done = run(script.__file__, flags, tmp_path, environ)
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
     term, iteration = re.search(r"(losses/\w+) is not finite in iteration (\d+)", done.stderr).groups()
     assert term in LOSSES and iteration == "1"

@@ -22,7 +22,7 @@ def gradient_difference(script):
     import jax.numpy as jnp
     import numpy as np
 
-    guider, learner = script.Guider("sable", 2, 4, 1, 1, 8), script.Learner(4, 8)
+    guider, learner = script.Guider("mat", 2, 4, 1, 1, 8), script.Learner(4, 8)
     obs, rng = random_obs(script, 0, 32, 2, 4), np.random.default_rng(0)
     action = jnp.argmax(obs.action_mask, axis=-1)
     params = script.Params(random_params(guider, 1, obs.agents_view, action), random_params(learner, 2, obs.agents_view))

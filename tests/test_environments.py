@@ -1,5 +1,6 @@
-"""Tests of the environments as the algorithm sees them: recorded episodes, scenario names, other Jumanji environments."""
+"""Tests of the environments as the algorithm sees them: recorded episodes, scenarios, other Jumanji environments."""
 
+import functools
 import inspect
 import pathlib
 from typing import NamedTuple
@@ -97,7 +98,8 @@ def test_rware_time_limit_terminates():
     env = script.make_env(RWARE, "tiny-2ag")
     (state, _), step = jax.jit(env.reset)(jax.random.PRNGKey(0)), jax.jit(env.step)
     for step_count, last in ((498, False), (499, True)):
-        _, outcome = step(state.replace(step_count=jnp.full_like(state.step_count, step_count)), jnp.zeros(2, jnp.int32))
+        late = state.replace(step_count=jnp.full_like(state.step_count, step_count))
+        _, outcome = step(late, jnp.zeros(2, jnp.int32))
         assert (outcome.last, outcome.discount) == (last, 0 if last else 1)
 
 
@@ -303,13 +305,14 @@ class Lanes(Environment):
     def step(self, state, action):
         state = LanesState(state.key, state.step_count + 1)
         reward = jnp.asarray(action, jnp.float32)
-        end = lambda: truncation(reward, self.observe(state), shape=(2,))  # noqa: E731
-        return state, jax.lax.cond(state.step_count == 3, end, lambda: transition(reward, self.observe(state), shape=(2,)))
+        kinds = [functools.partial(kind, shape=(2,)) for kind in (truncation, transition)]
+        return state, jax.lax.cond(state.step_count == 3, *kinds, reward, self.observe(state))
 
     @property
     def observation_spec(self):
         view = specs.Array((2, 2, 4), jnp.int32, "agents_view")
-        mask, extra = specs.BoundedArray((2, 3), bool, False, True, "action_mask"), specs.Array((7,), jnp.float32, "extra")
+        mask = specs.BoundedArray((2, 3), bool, False, True, "action_mask")
+        extra = specs.Array((7,), jnp.float32, "extra")
         return specs.Spec(LanesObservation, "ObservationSpec", agents_view=view, action_mask=mask, extra=extra)
 
     @property
@@ -331,7 +334,7 @@ for id, name in (("Lanes-v0", "Lanes"), ("OneAction-v0", "OneAction")):
 
 
 def test_other_environment():
-    """A registered Jumanji environment is played as it is: views flattened behind the id, rewards summed, truncation."""
+    """A registered Jumanji environment is played as it is: flat views behind the id, summed rewards, truncation."""
     env = script.make_env("Lanes-v0", "")
     state, obs = env.reset(jax.random.PRNGKey(0))
     np.testing.assert_array_equal(obs.agents_view, [[1, 0] + 8 * [0], [0, 1] + 8 * [10]])
@@ -363,7 +366,7 @@ def tiny_iteration(script, env):
 
 @pytest.mark.parametrize("script", scripts_with("train_iteration", "init_state", "make_networks", "make_optimizers"))
 def test_other_environment_trains(script):
-    """A training iteration can be traced on a registered Jumanji environment, and keeps the state's shapes and types."""
+    """A training iteration can be traced on a registered Jumanji environment, and keeps the state's shapes."""
     iteration, state = tiny_iteration(script, script.make_env("Lanes-v0", ""))
     assert jax.eval_shape(iteration, state)[0] == state
 
@@ -396,7 +399,7 @@ def marked_env(script):
 
 @pytest.mark.parametrize("script", scripts_with("train_iteration", "init_state", "make_networks", "make_optimizers"))
 def test_no_reset_inside_the_rollout(script):
-    """An iteration resets environments once, in front of the scan over steps: a reset inside would run at every step."""
+    """An iteration resets environments once, before the scan over steps: a reset inside would run at every step."""
     iteration, state = tiny_iteration(script, marked_env(script))
     found = list(calls(jax.make_jaxpr(iteration)(state).jaxpr))
     assert [loops for name, loops in found if name == "marked_reset"] == [()]

@@ -18,7 +18,7 @@ FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 # Functions and classes that two scripts share by name but not by text, because they are what differs.
 ALLOWED_DIFFERENCES = {
-    ("ctds_ff", "magpo_ff"): set(),
+    ("ctds_ff", "magpo_ff"): {"Args", "check_args", "collect", "guider_loss", "learner_loss", "minibatch_loss"},
     ("magpo_ff", "magpo_rec"): set(),
 }
 
@@ -45,9 +45,9 @@ for_each_magpo = pytest.mark.parametrize("script", [name for name in SCRIPTS if 
 # -------------------------------------------------------------------------------------------------------- short, flat
 @for_each_script
 def test_length_of_file(script):
-    """A script has at most 860 lines of at most 120 characters."""
+    """A script has about 800 lines of text, blank ones aside, none of them longer than 120 characters."""
     lines = text(script).splitlines()
-    assert len(lines) <= 860
+    assert sum(line.strip() != "" for line in lines) <= 830
     assert [i for i, line in enumerate(lines, 1) if len(line) > 120] == []
 
 
@@ -98,7 +98,7 @@ def test_stands_alone(script):
 
 @pytest.mark.parametrize("pair", ALLOWED_DIFFERENCES, ids="-".join)
 def test_twins(pair):
-    """What two scripts share by name is the same to the letter, apart from what is listed, and what is listed differs."""
+    """What two scripts share by name is the same to the letter, apart from what is listed, which differs."""
     if not set(pair) <= set(SCRIPTS):
         pytest.skip(f"only {SCRIPTS} exist")
 
