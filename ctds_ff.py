@@ -459,7 +459,7 @@ class Learner(nn.Module):
 
 def action_distribution(logits: jax.Array, action_mask: jax.Array) -> distrax.Categorical:
     """The one place that knows the kind of action. Illegal actions get probability 0, with finite gradients."""
-    return distrax.Categorical(logits=jnp.where(action_mask, logits, -1e9))
+    return distrax.Categorical(logits=jnp.where(action_mask, logits, -1e9), dtype=jnp.int32)
 
 
 def guider_act(guider: Guider, params: Any, obs: Observation, key: jax.Array, greedy: bool = False):
@@ -581,7 +581,7 @@ def collect(args: Args, env: TeamEnv, guider: Guider, state: TrainState) -> Tupl
 
     D11: fresh start states come from a pool of B made once per rollout, because a reset inside the step would be
     computed for every environment in every step. The k-th episode that ends is followed by entry k; if more than B end,
-    the entries are used again, by other environments.
+    the entries are used again from the first on.
     """
     key, pool_key, act_key = jax.random.split(state.key, 3)
     batch_size = state.running_length.shape[0]
@@ -680,8 +680,8 @@ def train_iteration(
         mb = jax.tree.map(lambda x: x[index], samples)
         grads, losses = jax.grad(minibatch_loss, has_aux=True)(params, args, guider, learner, mb)
         grads, losses = jax.lax.pmean((grads, losses), "device")
-        losses["guider_grad_norm"] = optax.global_norm(grads.guider)
-        losses["learner_grad_norm"] = optax.global_norm(grads.learner)
+        losses["guider_grad_norm"] = optax.tree.norm(grads.guider)
+        losses["learner_grad_norm"] = optax.tree.norm(grads.learner)
         # D12: guider and learner have an optimizer each, so that neither's gradient norm scales the other's step.
         results = [opt.update(g, s) for opt, g, s in zip(optimizers, grads, opt_state)]
         updates, opt_state = Params(*[u for u, _ in results]), Params(*[s for _, s in results])

@@ -24,7 +24,8 @@ def scripts_with(*names, feed_forward=False, distinct=False):
     modules = [importlib.import_module(name) for name in scripts if importlib.util.find_spec(name)]
     modules = [module for module in modules if all(hasattr(module, name) for name in names)]
     if distinct:
-        texts = [[ast.unparse(ast.parse(inspect.getsource(getattr(module, name)))) for name in names] for module in modules]
+        sources = [[inspect.getsource(getattr(module, name)) for name in names] for module in modules]
+        texts = [[ast.unparse(ast.parse(source)) for source in group] for group in sources]
         modules = [module for i, module in enumerate(modules) if texts[i] not in texts[:i]]
     return [pytest.param(module, id=module.__name__) for module in modules]
 

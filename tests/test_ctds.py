@@ -10,6 +10,7 @@ import ctds_ff
 import magpo_ff
 
 NUM_SEEDS = 10
+NUM_ITERATIONS = 100
 
 
 class MatchingGame:
@@ -76,8 +77,8 @@ def matching(script, **flags):
     """-> success of the guider and of the learner in the matching game, each (seeds,)."""
     env = MatchingGame()
     state, guider, learner = train(
-        script, env, 40, range(NUM_SEEDS), num_envs=16, num_steps=10, learning_rate=3e-3, num_minibatches=1,
-        guider="mat", ent_coef=0.05, **flags)
+        script, env, NUM_ITERATIONS, range(NUM_SEEDS), num_envs=16, num_steps=10, learning_rate=3e-3, num_minibatches=1,
+        guider="mat", ent_coef=0.05, norm_adv=False, **flags)
     params, obs = jax.tree.map(lambda x: x[:, 0], state.params), env.observe()
     learner_probs = jax.vmap(lambda p: jax.nn.softmax(learner.apply(p, obs.agents_view)))(params.learner)
 

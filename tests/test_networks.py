@@ -20,8 +20,8 @@ pytestmark = pytest.mark.usefixtures("quick_compile", "double_precision")
 def double_precision():
     """Everything in float64, with actions in int32 as ever, so that a difference is an error and no rounding.
 
-    In float32 two ways to compute Sable differ by 1e-3 now and then: agent 0's retention is (query . key) value, of which
-    the group norm leaves little more than the sign of query . key, and that may be close to 0.
+    In float32 two ways to compute Sable differ by 1e-3 now and then: agent 0's retention is (query . key) value, of
+    which the group norm leaves little more than the sign of query . key, and that may be close to 0.
     """
 
     def with_int32(function):
@@ -60,8 +60,8 @@ def masked_log_softmax(logits, mask):
 
 
 # Every pair of values of (kind, agents), (kind, blocks), (kind, heads), (agents, blocks), (agents, heads) occurs.
-SHAPES = [("mat", 1, 1, 1), ("sable", 1, 2, 4), ("mat", 2, 2, 4), ("sable", 2, 1, 1), ("mat", 5, 1, 4), ("sable", 5, 2, 1),
-          ("sable", 5, 1, 4)]
+SHAPES = [("mat", 1, 1, 1), ("sable", 1, 2, 4), ("mat", 2, 2, 4), ("sable", 2, 1, 1), ("mat", 5, 1, 4),
+          ("sable", 5, 2, 1), ("sable", 5, 1, 4)]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -72,7 +72,8 @@ def test_parallel_decoding_equals_sequential(script, shape):
     obs = random_obs(script, 2, 16, shape[1], NUM_ACTIONS)
     action, log_prob, value = act(params, obs, jax.random.PRNGKey(3))
     logits, parallel_value = apply(params, obs.agents_view, action)
-    expected = np.take_along_axis(masked_log_softmax(logits, obs.action_mask), np.asarray(action)[..., None], -1)[..., 0]
+    log_probs = masked_log_softmax(logits, obs.action_mask)
+    expected = np.take_along_axis(log_probs, np.asarray(action)[..., None], -1)[..., 0]
     np.testing.assert_allclose(log_prob, expected, rtol=1e-8, atol=1e-8)
     np.testing.assert_allclose(value, parallel_value, rtol=1e-8, atol=1e-8)
     assert log_prob.shape == value.shape == (16, shape[1]) and np.ptp(log_prob) > 0.1 and np.ptp(value) > 0.1
@@ -94,7 +95,7 @@ def test_greedy_guider_takes_the_argmax_agent_after_agent(script, shape):
 @pytest.mark.parametrize("shape", [("mat", 5, 1, 4), ("sable", 5, 2, 1)], ids=str)
 @pytest.mark.parametrize("script", GUIDER_SCRIPTS)
 def test_logits_depend_on_earlier_actions_alone(script, shape):
-    """Another action of agent j leaves the logits of agents <= j as they are, to the bit, and changes those of j + 1."""
+    """Another action of agent j leaves the logits of agents <= j as they are, to the bit, and changes all later."""
     apply, _, params = make_guider(script, *shape)
     view = random_obs(script, 5, 16, 5, NUM_ACTIONS).agents_view
     action = jax.random.randint(jax.random.PRNGKey(6), (16, 5), 0, NUM_ACTIONS)
