@@ -952,8 +952,11 @@ def main() -> int:
     script = os.path.basename(__file__)
     try:
         check_args(args)
-        if args.num_devices > 1:  # XLA splits the CPU into several devices only if told so before its first use
+        if args.num_devices > 1:
+            # XLA splits the CPU into devices only if told so before its first use. With a thread for each, two devices
+            # on two cores train a fifth faster than one that splits each operation over both (benchmark/speed.py).
             jax.config.update("jax_num_cpu_devices", args.num_devices)
+            os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false"
         devices = choose_devices(args)
         env = make_env(args.env_id, args.scenario)
         task = f"{args.env_id} {args.scenario}".strip()

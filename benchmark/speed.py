@@ -120,6 +120,7 @@ def main() -> None:
     options = tyro.cli(Options)
     if options.num_devices > 1:
         jax.config.update("jax_num_cpu_devices", options.num_devices)
+        os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false"
     configurations = [Configuration(options, script, guider, num_envs) for script in options.scripts
                       for guider in options.guiders for num_envs in options.num_envs]
     matrix, products = jax.random.normal(jax.random.PRNGKey(0), (1024, 1024)), []
