@@ -20,6 +20,7 @@ features, E embedding, H heads, D devices.
 """
 import dataclasses
 import functools
+import importlib.metadata
 import json
 import math
 import os
@@ -866,7 +867,8 @@ class Logger:
         except OSError as error:
             raise ValueError(f"--run-dir {args.run_dir}: cannot make {self.folder}: {error.strerror}") from error
         about = {"args": dataclasses.asdict(args), "command": " ".join(sys.argv)}
-        about["versions"] = {x.__name__: x.__version__ for x in (jax, optax, distrax, np)}
+        packages = ("jax", "flax", "optax", "distrax", "jumanji", "numpy")
+        about["versions"] = {name: importlib.metadata.version(name) for name in packages}
         about["devices"] = [device.device_kind for device in jax.local_devices()[: args.num_devices]]
         with open(os.path.join(self.folder, "args.json"), "w") as file:
             json.dump(about, file, indent=2)
