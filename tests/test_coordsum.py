@@ -15,6 +15,8 @@ from PIL import Image
 import coordsum
 from coordsum import CoordSum, parse_scenario
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 GOLDEN = pathlib.Path(__file__).parent / "data" / "golden_envs.npz"
 
 

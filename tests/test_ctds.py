@@ -9,8 +9,9 @@ import pytest
 import ctds_ff
 import magpo_ff
 
-NUM_SEEDS = 10
-NUM_ITERATIONS = 100
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+NUM_SEEDS, NUM_ITERATIONS, ENT_COEF = 10, 100, 0.2
 
 
 class MatchingGame:
@@ -35,7 +36,7 @@ class MatchingGame:
 
 
 def train(script, env, num_iterations, seeds, **flags):
-    """Trains one run for each seed, side by side -> a function from no arguments to the final state (seeds, 1, ...)."""
+    """Trains one run for each seed, side by side -> states (seeds, 1, ...) before and after, guider, learner."""
     args = script.Args(num_devices=1, embed_dim=16, learner_hidden_dim=16, **flags)
     guider, learner = script.make_networks(args, env)
     parts = (args, env, guider, learner, script.make_optimizers(args))
@@ -44,27 +45,24 @@ def train(script, env, num_iterations, seeds, **flags):
 
     @jax.jit
     def run(keys):
-        state = init(keys, jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys[:, 0])[:, None])
-        return jax.lax.fori_loop(0, num_iterations, lambda _, state: iterate(state)[0], state)
+        start = init(keys, jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys[:, 0])[:, None])
+        return start, jax.lax.fori_loop(0, num_iterations, lambda _, state: iterate(state)[0], start)
 
-    state = run(jnp.stack([jax.random.PRNGKey(seed) for seed in seeds])[:, None])
-    return state, guider, learner
+    return *run(jnp.stack([jax.random.PRNGKey(seed) for seed in seeds])[:, None]), guider, learner
 
 
-@pytest.mark.parametrize("guider", ["mat", "sable"])
-def test_magpo_without_tether_and_rl_term_is_ctds(guider):
+def test_magpo_without_tether_and_rl_term_is_ctds():
     """delta = inf and lambda = 0 give the parameters of CTDS from the same seed."""
     env = magpo_ff.make_env("CoordSum-v0", "2x4-5")
-    flags = dict(num_envs=4, num_steps=8, total_timesteps=320, guider=guider)
-    magpo, _, _ = train(magpo_ff, env, 3, [3], delta=float("inf"), learner_rl_coef=0.0, **flags)
-    ctds, _, _ = train(ctds_ff, env, 3, [3], **flags)
-    tethered, _, _ = train(magpo_ff, env, 3, [3], delta=1.01, learner_rl_coef=0.0, **flags)
+    flags = dict(num_envs=4, num_steps=8, total_timesteps=320, guider="mat")
+    start, magpo, _, _ = train(magpo_ff, env, 3, [3], delta=float("inf"), learner_rl_coef=0.0, **flags)
+    _, ctds, _, _ = train(ctds_ff, env, 3, [3], **flags)
 
-    def distance(params):
-        return max(float(np.abs(a - b).max()) for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(ctds.params)))
+    def distance(a, b):
+        return [float(np.abs(x - y).max()) for x, y in zip(jax.tree.leaves(a.params), jax.tree.leaves(b.params))]
 
-    assert distance(magpo.params) < 1e-6
-    assert distance(tethered.params) > 1e-4
+    assert max(distance(magpo, ctds)) < 1e-6
+    assert max(distance(magpo, start)) > 1e-3
 
 
 def success(policy_probs):
@@ -76,9 +74,9 @@ def success(policy_probs):
 def matching(script, **flags):
     """-> success of the guider and of the learner in the matching game, each (seeds,)."""
     env = MatchingGame()
-    state, guider, learner = train(
+    _, state, guider, learner = train(
         script, env, NUM_ITERATIONS, range(NUM_SEEDS), num_envs=16, num_steps=10, learning_rate=3e-3, num_minibatches=1,
-        guider="mat", ent_coef=0.05, norm_adv=False, **flags)
+        guider="mat", ent_coef=ENT_COEF, norm_adv=False, **flags)
     params, obs = jax.tree.map(lambda x: x[:, 0], state.params), env.observe()
     learner_probs = jax.vmap(lambda p: jax.nn.softmax(learner.apply(p, obs.agents_view)))(params.learner)
 
@@ -89,3 +87,20 @@ def matching(script, **flags):
         return probs[0, 0, 0] * probs[0, 1, 1] + probs[1, 0, 1] * probs[1, 1, 0]
 
     return np.asarray(jax.vmap(joint)(params.guider)), np.asarray(success(learner_probs))
+
+
+def test_matching_game():
+    """The student cannot follow a teacher that mixes; MAGPO's guider and learner settle on one solution together.
+
+    Seen over ten seeds, sorted probabilities that the actions differ: CTDS's teacher 0.41, 0.46, then 0.88 to 0.99, its
+    student 0.50 0.51 0.51 0.54 0.59 0.59 0.64 0.68 0.82 0.98; MAGPO's guider 0.53, then 0.94 to 1.00, its learner 0.49,
+    then 0.98 to 1.00. The seeds at 0.5 had not left the symmetric start yet.
+    """
+    teacher, student = matching(ctds_ff)
+    guider, learner = matching(magpo_ff, delta=1.1, learner_rl_coef=4.0)
+    assert np.median(teacher) > 0.85
+    assert np.median(student) < 0.75
+    assert np.median(teacher - student) > 0.2
+    assert np.median(learner) > 0.9
+    assert np.sum(learner > 0.9) >= 7
+    assert np.median(np.abs(guider - learner)) < 0.05

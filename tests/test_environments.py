@@ -16,6 +16,8 @@ from jumanji import specs
 from jumanji.env import Environment
 from jumanji.types import restart, transition, truncation
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 SCRIPTS = scripts_with("make_env", "TeamEnv")
 script = SCRIPTS[0].values[0]  # the others hold the same text, see test_scripts_share_their_environments
 GOLDEN = pathlib.Path(__file__).parent / "data" / "golden_envs.npz"
