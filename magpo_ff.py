@@ -743,7 +743,7 @@ def train_iteration(
 def play(env: TeamEnv, act: Callable, num_episodes: int, key: jax.Array) -> Tuple[jax.Array, jax.Array, jax.Array]:
     """Plays whole episodes, all at once, without auto-reset -> return, length, won, each (num_episodes,) float32.
 
-    act(obs, key) -> action (num_episodes, N).
+    act(obs, key) -> action (num_episodes, N). Warning: it waits for the last episode to end, however long that takes.
     """
     key, reset_key = jax.random.split(key)
     state, obs = jax.vmap(env.reset)(jax.random.split(reset_key, num_episodes))
