@@ -280,22 +280,22 @@ class Attention(nn.Module):
         dense = functools.partial(nn.Dense, self.embed_dim, use_bias=False, kernel_init=orthogonal(0.01))
         self.query, self.key, self.value, self.out = dense(), dense(), dense(), dense()
 
-    def heads(self, x, memory, num_agents):
-        """Tokens (M * N, E) -> scaled queries from x, keys and values from memory, each (M, H, N, E / H)."""
+    def heads(self, x, source, num_agents):
+        """Tokens (M * N, E) -> scaled queries from x, keys and values from source, each (M, H, N, E / H)."""
         shape = (-1, num_agents, self.num_heads, self.embed_dim // self.num_heads)
-        tokens = (self.query(x) / math.sqrt(shape[-1]), self.key(memory), self.value(memory))
+        tokens = (self.query(x) / math.sqrt(shape[-1]), self.key(source), self.value(source))
         return (y.reshape(shape).swapaxes(1, 2) for y in tokens)
 
-    def __call__(self, x, memory, causal):
+    def __call__(self, x, source, causal):
         """All agents at once, each seeing itself and, if causal, only the earlier ones: (M * N, E) -> (M * N, E)."""
-        query, key, value = self.heads(x, memory, self.num_agents)
+        query, key, value = self.heads(x, source, self.num_agents)
         seen = jnp.tril(jnp.ones((self.num_agents, self.num_agents), bool)) | (not causal)
-        return self.project(self.weights(query @ key.swapaxes(-1, -2), seen) @ value, memory)  # (M, H, N, N) @ value
+        return self.project(self.weights(query @ key.swapaxes(-1, -2), seen) @ value, source)  # (M, H, N, N) @ value
 
     def weights(self, scores, seen):
         return jax.nn.softmax(jnp.where(seen, scores, -1e9))
 
-    def project(self, mixed, memory):
+    def project(self, mixed, source):
         """Mixes the heads: (M, H, N, E / H) -> tokens (M * N, E)."""
         return self.out(mixed.swapaxes(1, 2).reshape(-1, self.embed_dim))
 
@@ -304,12 +304,12 @@ class Attention(nn.Module):
         zeros = jnp.zeros((batch_size, self.num_heads, self.num_agents, self.embed_dim // self.num_heads))
         return zeros, zeros
 
-    def decode(self, x, memory, cache, agent):
+    def decode(self, x, source, cache, agent):
         """The same for the tokens (M, E) of one agent, the earlier ones being in the cache -> (M, E), cache."""
-        query, *new = self.heads(x, memory, num_agents=1)
+        query, *new = self.heads(x, source, num_agents=1)
         keys, values = (jax.lax.dynamic_update_slice_in_dim(old, y, agent, axis=2) for old, y in zip(cache, new))
         weights = self.weights(query @ keys.swapaxes(-1, -2), jnp.arange(self.num_agents) <= agent)
-        return self.project(weights @ values, memory), (keys, values)
+        return self.project(weights @ values, source), (keys, values)
 
 
 class Retention(Attention):
@@ -328,18 +328,18 @@ class Retention(Attention):
     def weights(self, scores, seen):
         return jnp.where(seen, scores, 0.0)
 
-    def project(self, mixed, memory):
+    def project(self, mixed, source):
         mixed = self.head_norm(mixed.swapaxes(1, 2).reshape(-1, self.embed_dim))
-        return self.out(nn.swish(self.gate(memory)) * mixed)
+        return self.out(nn.swish(self.gate(source)) * mixed)
 
     def init_cache(self, batch_size):
         """The sum over the agents that have acted, (M, H, E / H, E / H)."""
         return jnp.zeros((batch_size, self.num_heads) + 2 * (self.embed_dim // self.num_heads,))
 
-    def decode(self, x, memory, cache, agent):
-        query, key, value = self.heads(x, memory, num_agents=1)
+    def decode(self, x, source, cache, agent):
+        query, key, value = self.heads(x, source, num_agents=1)
         cache = cache + key.swapaxes(-1, -2) @ value
-        return self.project(query @ cache, memory), cache
+        return self.project(query @ cache, source), cache
 
 
 class Block(nn.Module):
@@ -634,7 +634,7 @@ def collect(args: Args, env: TeamEnv, guider: Guider, state: TrainState) -> Tupl
             "return": jnp.sum(running_return * last), "length": jnp.sum(running_length * last), "number": jnp.sum(last)}
         state = state._replace(
             env_state=env_state, obs=obs, running_return=running_return * ~last, running_length=running_length * ~last)
-        return (state, num_ended + jnp.sum(last)), (transition, episodes)
+        return (state, num_ended + jnp.sum(last, dtype=jnp.int32)), (transition, episodes)
 
     carry = (state._replace(key=key), jnp.zeros((), jnp.int32))
     (state, _), (rollout, episodes) = jax.lax.scan(step, carry, jax.random.split(act_key, args.num_steps))

@@ -96,8 +96,8 @@ def test_matching_game():
     student 0.50 0.51 0.51 0.54 0.59 0.59 0.64 0.68 0.82 0.98; MAGPO's guider 0.53, then 0.94 to 1.00, its learner 0.49,
     then 0.98 to 1.00. The seeds at 0.5 had not left the symmetric start yet.
 
-    It takes a teacher that stays mixed; this setting, the last of three tried, was chosen for it. With ent_coef 0.05 most
-    teachers settled on one solution by themselves and the students followed (median student 0.93 with normalised
+    It takes a teacher that stays mixed; this setting, the last of three tried, was chosen for it. With ent_coef 0.05
+    most teachers settled on one solution by themselves and the students followed (median student 0.93 with normalised
     advantages after 40 iterations, 0.99 without after 100).
     """
     teacher, student = matching(ctds_ff)

@@ -10,10 +10,10 @@ import subprocess
 import sys
 
 import pytest
-from conftest import random_obs, random_params, scripts_with
+from conftest import make_guider, random_minibatch, scripts_with
 
-GRADIENT = scripts_with("minibatch_loss", "Minibatch", "Learner", feed_forward=True)
-TRAINING = scripts_with("init_state", "collect", "train_iteration", feed_forward=True, distinct=True)
+GRADIENT = scripts_with("minibatch_loss", "Minibatch", "Learner")
+TRAINING = scripts_with("init_state", "collect", "train_iteration", distinct=True)
 
 
 def gradient_difference(script):
@@ -22,14 +22,12 @@ def gradient_difference(script):
     import jax.numpy as jnp
     import numpy as np
 
-    guider, learner = script.Guider("mat", 2, 4, 1, 1, 8), script.Learner(4, 8)
-    obs, rng = random_obs(script, 0, 32, 2, 4), np.random.default_rng(0)
-    action = jnp.argmax(obs.action_mask, axis=-1)
-    view = obs.agents_view
-    params = script.Params(random_params(guider, 1, view, action), random_params(learner, 2, view))
-    numbers = [jnp.asarray(x, jnp.float32) for x in rng.normal(size=(4, 32, 2))]
-    numbers[2] += jnp.repeat(jnp.array([0.0, 3.0]), 16)[:, None]  # advantages whose mean is another on each device
-    mb, loss = script.Minibatch(obs, action, *numbers), functools.partial(script.minibatch_loss, args=script.Args())
+    guider, learner = make_guider(script, "mat", 2, 4, 1, 1, 8), script.Learner(4, 8)
+    mb, params = random_minibatch(script, 0, guider, learner, 32)
+    half = jnp.arange(len(mb.action)) >= len(mb.action) // 2
+    shift = jnp.where(half, 3.0, 0.0).reshape(-1, *[1] * (mb.action.ndim - 1))  # so that the devices' means differ
+    mb = mb._replace(advantage=mb.advantage + shift)
+    loss = functools.partial(script.minibatch_loss, args=script.Args())
 
     def gradient(mb):
         grads = jax.grad(lambda p: loss(p, guider=guider, learner=learner, mb=mb)[0])(params)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import jumanji
 import numpy as np
 import pytest
-from conftest import scripts_with
+from conftest import has_memory, scripts_with
 from jax.extend import core
 from jumanji import specs
 from jumanji.env import Environment
@@ -411,11 +411,14 @@ def test_no_reset_inside_the_rollout(script):
 @pytest.mark.parametrize("script", scripts_with("play"))
 def test_no_reset_inside_evaluation(script):
     """Evaluation resets once, in front of its loop, and plays without auto-reset."""
-    if list(inspect.signature(script.play).parameters) != ["env", "act", "num_episodes", "key"]:
-        pytest.skip("this script's play carries the learner's memory")
-    act = lambda obs, key: jnp.zeros((3, 2), jnp.int32)  # noqa: E731
-    env = marked_env(script)
-    jaxpr = jax.make_jaxpr(lambda key: script.play(env, act, 3, key))(jax.random.PRNGKey(0))
+    env, memory = marked_env(script), has_memory(script)
+
+    def act(obs, *memory_and_key):
+        action = jnp.zeros((3, 2), jnp.int32)
+        return (action, memory_and_key[1]) if memory else action
+
+    hidden = [jnp.zeros(())] if memory else []
+    jaxpr = jax.make_jaxpr(lambda key: script.play(env, act, *hidden, 3, key))(jax.random.PRNGKey(0))
     found = list(calls(jaxpr.jaxpr))
     assert [loops for name, loops in found if name == "marked_reset"] == [()]
     assert [loops for name, loops in found if name == "marked_step"] == [("while",)]

