@@ -1,14 +1,17 @@
 """Speed of training, without compilation, and where the time goes; prints a Markdown table.
 
     python benchmark/speed.py
-    python benchmark/speed.py --env-id RobotWarehouse-v0 --scenario tiny-2ag --guiders sable --num-envs 64 256 1024
+    python benchmark/speed.py --env-id RobotWarehouse-v0 --scenarios tiny-2ag tiny-4ag --scripts magpo_rec.py
+    python benchmark/speed.py --scripts magpo_rec.py --guiders sable --num-steps 32 64 128 256 512 --rounds 3
 
 All configurations are compiled first and then timed in turn (A B A B ...), a product of two 1024 x 1024 matrices among
-them, so that a busy moment of the machine strikes all alike. Each figure is a median over the rounds.
+them, so that a busy moment of the machine strikes all alike. Each figure is a median over the rounds. Memory is what
+the compiler sets aside for an iteration, its inputs and outputs included.
 """
 import dataclasses
 import functools
 import importlib.util
+import itertools
 import os
 import sys
 import time
@@ -26,10 +29,11 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 class Options:
     scripts: Tuple[str, ...] = ("magpo_ff.py",)  # scripts to time
     guiders: Tuple[str, ...] = ("mat", "sable")  # guiders to time
-    num_envs: Tuple[int, ...] = (64,)  # numbers of environments to time
     env_id: str = "CoordSum-v0"
-    scenario: str = "3x10-30"
-    num_steps: int = 128  # T
+    scenarios: Tuple[str, ...] = ("3x10-30",)  # scenarios to time
+    num_envs: Tuple[int, ...] = (64,)  # numbers of environments to time
+    num_steps: Tuple[int, ...] = (128,)  # rollout lengths T to time
+    chunk_steps: int = 0  # of the script with memory; 0: its default
     num_minibatches: int = 2
     update_epochs: int = 4
     num_devices: int = 1  # on a CPU, more than one splits it
@@ -66,17 +70,21 @@ def random_policy(env: Any, args: Any, state: Any, key: jax.Array) -> jax.Array:
 class Configuration:
     """One script at one setting, compiled, with the seconds of each of its parts."""
 
-    def __init__(self, options: Options, script: str, guider_name: str, num_envs: int):
+    def __init__(self, options: Options, script: str, guider_name: str, scenario: str, num_envs: int, num_steps: int):
         m = load(script)
         args = m.Args(
-            env_id=options.env_id, scenario=options.scenario, num_envs=num_envs, num_steps=options.num_steps,
+            env_id=options.env_id, scenario=scenario, num_envs=num_envs, num_steps=num_steps,
             num_minibatches=options.num_minibatches, update_epochs=options.update_epochs, guider=guider_name,
             num_devices=options.num_devices)
+        has_memory = hasattr(m, "Hidden")
+        if options.chunk_steps and has_memory:
+            args.chunk_steps = options.chunk_steps
         m.check_args(args)
         devices, env = m.choose_devices(args), m.make_env(args.env_id, args.scenario)
         (guider, learner), optimizers = m.make_networks(args, env), m.make_optimizers(args)
         parts, key = (args, env, guider, learner, optimizers), jax.random.PRNGKey(0)
         self.args, self.name = args, f"{script[:-3]} {guider_name}"
+        networks = (guider, learner) if has_memory else (guider,)
 
         start = time.perf_counter()
         init = jax.pmap(functools.partial(m.init_state, *parts), in_axes=(None, 0), devices=devices)
@@ -84,18 +92,24 @@ class Configuration:
         iterate = functools.partial(m.train_iteration, *parts)
         self.iterate = jax.pmap(iterate, axis_name="device", devices=devices).lower(self.state).compile()
         self.compile_s = time.perf_counter() - start
+        memory = self.iterate.memory_analysis()
+        self.memory = memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
 
-        collect = jax.pmap(lambda state: m.collect(args, env, guider, state), devices=devices)
+        collect = jax.pmap(lambda state: m.collect(args, env, *networks, state), devices=devices)
         self.collect = collect.lower(self.state).compile()
         play = jax.pmap(functools.partial(random_policy, env, args), in_axes=(0, None), devices=devices)
         self.play = play.lower(self.state, key).compile()
 
         # FLOPs of one minibatch's gradient, as the compiler counts them, for XLA counts the body of a loop once.
-        size = num_envs // args.num_devices * args.num_steps // args.num_minibatches
-        zeros = jax.tree.map(lambda x: jnp.zeros((size,) + x.shape[2:], x.dtype), self.state.obs)
-        floats = jnp.zeros((size, env.num_agents))
-        mb = m.Minibatch(zeros, floats.astype(jnp.int32), floats, floats, floats, floats)
-        params = jax.tree.map(lambda x: x[0], self.state.params)
+        def minibatch(state):
+            _, rollout, _ = m.collect(args, env, *networks, state)
+            inputs = (rollout.value, rollout.value) + ((state.hidden,) if has_memory else ())
+            samples, indices = m.make_minibatches(args, rollout, *inputs, key)
+            return jax.tree.map(lambda x: x[indices[0]], samples)
+
+        one = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)[0]), self.state)
+        mb = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(minibatch, one))
+        params = one.params
         loss = functools.partial(m.minibatch_loss, args=args, guider=guider, learner=learner)
         grad = jax.vmap(jax.grad(lambda params, mb: loss(params, mb=mb)[0]), axis_name="device", in_axes=(None, 0))
         analysis = jax.jit(grad).lower(params, jax.tree.map(lambda x: x[None], mb)).compile().cost_analysis()
@@ -111,9 +125,10 @@ class Configuration:
     def row(self, matmul_flops: float) -> list:
         iteration, collect, play = (np.median(self.times[name][1:]) for name in ("iteration", "collect", "play"))
         steps, rate = self.args.num_envs * self.args.num_steps, self.update_flops / (iteration - collect)
-        return [self.name, self.args.num_envs, f"{steps / iteration:,.0f}", f"{self.compile_s:.0f}",
-                f"{collect / iteration:.0%}", f"{1 - collect / iteration:.0%}", f"{steps / play:,.0f}",
-                f"{rate / 1e9:,.1f}", f"{rate / matmul_flops:.0%}"]
+        return [self.name, self.args.scenario, self.args.num_envs, self.args.num_steps, f"{steps / iteration:,.0f}",
+                f"{self.compile_s:.0f}", f"{self.memory / 2**20:,.0f}", f"{collect / iteration:.0%}",
+                f"{1 - collect / iteration:.0%}", f"{steps / play:,.0f}", f"{rate / 1e9:,.1f}",
+                f"{rate / matmul_flops:.0%}"]
 
 
 def main() -> None:
@@ -121,8 +136,8 @@ def main() -> None:
     if options.num_devices > 1:
         jax.config.update("jax_num_cpu_devices", options.num_devices)
         os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false"
-    configurations = [Configuration(options, script, guider, num_envs) for script in options.scripts
-                      for guider in options.guiders for num_envs in options.num_envs]
+    configurations = [Configuration(options, *setting) for setting in itertools.product(
+        options.scripts, options.guiders, options.scenarios, options.num_envs, options.num_steps)]
     matrix, products = jax.random.normal(jax.random.PRNGKey(0), (1024, 1024)), []
     product = jax.jit(lambda x: x @ x)
     for _ in range(options.rounds + 1):  # the first is a warm-up
@@ -130,11 +145,11 @@ def main() -> None:
         for configuration in configurations:
             configuration.time_once()
     matmul_flops = 2 * 1024**3 / np.median(products[1:])
-    print(f"{options.env_id} {options.scenario}, {options.num_steps} steps, {options.update_epochs} epochs, "
-          f"{options.num_minibatches} minibatches, {options.num_devices} x {jax.devices()[0].device_kind}, "
+    print(f"{options.env_id}, {options.update_epochs} epochs, {options.num_minibatches} minibatches, "
+          f"{options.num_devices} x {jax.devices()[0].device_kind}, "
           f"jax {jax.__version__}; a 1024^3 matrix product: {matmul_flops / 1e9:,.0f} GFLOP/s\n")
-    header = ["configuration", "environments", "steps/s", "compile s", "rollout", "update", "environment steps/s",
-              "update GFLOP/s", "of the product's"]
+    header = ["configuration", "scenario", "environments", "rollout length", "steps/s", "compile s", "memory MiB",
+              "rollout", "update", "environment steps/s", "update GFLOP/s", "of the product's"]
     for cells in [header, ["---"] * len(header)] + [c.row(matmul_flops) for c in configurations]:
         print("| " + " | ".join(map(str, cells)) + " |")
 
