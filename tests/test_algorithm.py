@@ -355,7 +355,7 @@ class ScriptedEnv:
 
     def observe(self, tag, time):
         # All of one size, so that the norm in front of the networks does not drown the time.
-        view = jnp.stack([2**22 * jnp.arange(2), jnp.full(2, tag), jnp.full(2, 2**22 * time)], axis=-1)
+        view = jnp.stack([jnp.arange(2), jnp.full(2, tag) / 2**22, jnp.full(2, time)], axis=-1)
         return self.script.Observation(view.astype(jnp.float32), jnp.ones((2, 3), bool))
 
     def reset(self, key):
@@ -375,8 +375,8 @@ NUM_ENVS, NUM_STEPS = 4, 11
 
 
 def tags_and_times(obs):
-    view = np.asarray(obs.agents_view).astype(int)
-    return view[..., 0, 1], view[..., 0, 2] // 2**22
+    view = np.asarray(obs.agents_view)
+    return (view[..., 0, 1] * 2**22).astype(int), view[..., 0, 2].astype(int)
 
 
 @pytest.fixture(scope="module", params=scripts_with("collect", "guider_act", distinct=True))
