@@ -877,7 +877,9 @@ def train(args: Args, env: TeamEnv, devices: list, logger: Logger) -> None:
     key, params_key, eval_key = jax.random.split(jax.random.PRNGKey(args.seed), 3)
     parts = (args, env, guider, learner)
     init = jax.pmap(functools.partial(init_state, *parts, optimizers), in_axes=(None, 0), devices=devices)
-    state = init(params_key, jax.random.split(key, args.num_devices))  # every leaf (D, ...)
+    keys = jax.random.split(key, args.num_devices)
+    init = init.lower(params_key, keys).compile({"xla_backend_optimization_level": 0})  # it runs once, so compile fast
+    state = init(params_key, keys)  # every leaf (D, ...)
     iterate = jax.pmap(
         functools.partial(train_iteration, *parts, optimizers), axis_name="device", devices=devices, donate_argnums=0)
     iterate = iterate.lower(state).compile()

@@ -88,7 +88,8 @@ class Configuration:
 
         start = time.perf_counter()
         init = jax.pmap(functools.partial(m.init_state, *parts), in_axes=(None, 0), devices=devices)
-        self.state = init(key, jax.random.split(key, args.num_devices))
+        keys = jax.random.split(key, args.num_devices)
+        self.state = init.lower(key, keys).compile({"xla_backend_optimization_level": 0})(key, keys)
         iterate = functools.partial(m.train_iteration, *parts)
         self.iterate = jax.pmap(iterate, axis_name="device", devices=devices).lower(self.state).compile()
         self.compile_s = time.perf_counter() - start

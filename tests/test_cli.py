@@ -110,6 +110,15 @@ def test_heads_share_the_width(script, call, tmp_path):
     assert "--num-heads 3" in err
 
 
+@pytest.mark.parametrize("bad", [
+    "--chunk-steps -1", "--chunk-steps 3", "--chunk-steps 256", "--decay-scaling-factor -0.1",
+    "--decay-scaling-factor 1.5", "--decay-scaling-factor nan", "--num-minibatches 128"])
+@pytest.mark.parametrize("script", [script for script in SCRIPTS if hasattr(script.values[0], "Hidden")])
+def test_bad_memory(script, bad, call, tmp_path):
+    """Chunks divide the rollout, decay does not grow, and minibatches hold whole sequences: there are 64."""
+    check_refusal(*bad.split(), *call(script, *bad.split()), tmp_path)
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help(script, call):
     """--help lists every flag with a text of its own."""

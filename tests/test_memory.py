@@ -1,6 +1,7 @@
 """Tests of memory: retention's three forms, the GRU, what ends with an episode, and acting against training."""
 
 import functools
+import types
 
 import flax.linen as nn
 import jax
@@ -284,6 +285,17 @@ def test_no_memory_without_decay(script):
         alone, alone_value = apply(*inputs, hidden.guider)
         np.testing.assert_allclose(logits[:, t : t + 1], alone, rtol=1e-8, atol=1e-8)
         np.testing.assert_allclose(value[:, t : t + 1], alone_value, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("num_steps, num_agents, chunk_steps", [
+    (128, 2, 16), (128, 3, 8), (128, 4, 8), (128, 32, 1), (128, 64, 1), (100, 3, 10), (7, 3, 7), (4, 2, 4)])
+@for_each_script
+def test_default_chunks(script, num_steps, num_agents, chunk_steps):
+    """By default a chunk holds at most 32 tokens, and at least one step, and divides the rollout."""
+    env = types.SimpleNamespace(num_agents=num_agents, num_actions=3)
+    assert script.make_networks(script.Args(num_steps=num_steps), env)[0].chunk_steps == chunk_steps
+    args = script.Args(num_steps=num_steps, chunk_steps=num_steps)
+    assert script.make_networks(args, env)[0].chunk_steps == num_steps
 
 
 # -------------------- Rollouts ----------------------------------------------------------------------------------------
