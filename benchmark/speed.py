@@ -2,7 +2,7 @@
 
     python benchmark/speed.py
     python benchmark/speed.py --env-id RobotWarehouse-v0 --scenarios tiny-2ag tiny-4ag --scripts magpo_rec.py
-    python benchmark/speed.py --scripts magpo_rec.py --guiders sable --num-steps 32 64 128 256 512 --rounds 3
+    python benchmark/speed.py --scripts magpo_rec.py --guiders sable --num-steps 32 128 512 --rounds 3 --no-breakdown
 
 All configurations are compiled first and then timed in turn (A B A B ...), a product of two 1024 x 1024 matrices among
 them, so that a busy moment of the machine strikes all alike. Each figure is a median over the rounds. Memory is what
@@ -38,6 +38,7 @@ class Options:
     update_epochs: int = 4
     num_devices: int = 1  # on a CPU, more than one splits it
     rounds: int = 8  # timed rounds
+    breakdown: bool = True  # time rollout and environment alone, too, and count the update's operations
 
 
 def load(script: str) -> Any:
@@ -96,6 +97,11 @@ class Configuration:
         memory = self.iterate.memory_analysis()
         self.memory = memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
 
+        self.times = {"iteration": [], "collect": [], "play": []}
+        print(f"compiled {self.name} {scenario}, {num_envs} x {num_steps}", file=sys.stderr, flush=True)
+        self.breakdown = options.breakdown
+        if not options.breakdown:
+            return
         collect = jax.pmap(lambda state: m.collect(args, env, *networks, state), devices=devices)
         self.collect = collect.lower(self.state).compile()
         play = jax.pmap(functools.partial(random_policy, env, args), in_axes=(0, None), devices=devices)
@@ -116,20 +122,24 @@ class Configuration:
         analysis = jax.jit(grad).lower(params, jax.tree.map(lambda x: x[None], mb)).compile().cost_analysis()
         updates = args.update_epochs * args.num_minibatches
         self.update_flops = analysis["flops"] * updates * args.num_devices
-        self.times = {"iteration": [], "collect": [], "play": []}
 
     def time_once(self) -> None:
         self.times["iteration"].append(seconds(self.iterate, self.state))
+        if not self.breakdown:
+            return
         self.times["collect"].append(seconds(self.collect, self.state))
         self.times["play"].append(seconds(self.play, self.state, jax.random.PRNGKey(1)))
 
     def row(self, matmul_flops: float) -> list:
-        iteration, collect, play = (np.median(self.times[name][1:]) for name in ("iteration", "collect", "play"))
-        steps, rate = self.args.num_envs * self.args.num_steps, self.update_flops / (iteration - collect)
-        return [self.name, self.args.scenario, self.args.num_envs, self.args.num_steps, f"{steps / iteration:,.0f}",
-                f"{self.compile_s:.0f}", f"{self.memory / 2**20:,.0f}", f"{collect / iteration:.0%}",
-                f"{1 - collect / iteration:.0%}", f"{steps / play:,.0f}", f"{rate / 1e9:,.1f}",
-                f"{rate / matmul_flops:.0%}"]
+        iteration, steps = np.median(self.times["iteration"][1:]), self.args.num_envs * self.args.num_steps
+        cells = [self.name, self.args.scenario, self.args.num_envs, self.args.num_steps, f"{steps / iteration:,.0f}",
+                 f"{self.compile_s:.0f}", f"{self.memory / 2**20:,.0f}"]
+        if not self.breakdown:
+            return cells
+        collect, play = (np.median(self.times[name][1:]) for name in ("collect", "play"))
+        rate = self.update_flops / (iteration - collect)
+        return cells + [f"{collect / iteration:.0%}", f"{1 - collect / iteration:.0%}", f"{steps / play:,.0f}",
+                        f"{rate / 1e9:,.1f}", f"{rate / matmul_flops:.0%}"]
 
 
 def main() -> None:
@@ -149,8 +159,9 @@ def main() -> None:
     print(f"{options.env_id}, {options.update_epochs} epochs, {options.num_minibatches} minibatches, "
           f"{options.num_devices} x {jax.devices()[0].device_kind}, "
           f"jax {jax.__version__}; a 1024^3 matrix product: {matmul_flops / 1e9:,.0f} GFLOP/s\n")
-    header = ["configuration", "scenario", "environments", "rollout length", "steps/s", "compile s", "memory MiB",
-              "rollout", "update", "environment steps/s", "update GFLOP/s", "of the product's"]
+    header = ["configuration", "scenario", "environments", "rollout length", "steps/s", "compile s", "memory MiB"]
+    if options.breakdown:
+        header += ["rollout", "update", "environment steps/s", "update GFLOP/s", "of the product's"]
     for cells in [header, ["---"] * len(header)] + [c.row(matmul_flops) for c in configurations]:
         print("| " + " | ".join(map(str, cells)) + " |")
 
