@@ -290,14 +290,14 @@ def test_each_job_has_its_own_cores(toy, tmp_path, jobs):
 def test_every_command_is_one_that_its_script_takes(monkeypatch):
     monkeypatch.chdir(ROOT)
     lines = [line for path in FILES for line in commands(path)]
-    assert len(FILES) == 4 and lines
+    assert len(FILES) == 6 and lines
     for line in lines:
         python, script, *flags = shlex.split(line)
         assert python == "python"
         module = importlib.import_module(script.removesuffix(".py"))
         args = tyro.cli(module.Args, args=flags)
         module.check_args(args)
-        assert args.num_envs * args.num_steps % args.num_minibatches == 0
+        module.choose_devices(dataclasses.replace(args))  # raises if minibatches do not divide the work
         parsed_script, parsed = run.parse(line)
         assert parsed_script == script and parsed == vars(args), line
 
