@@ -1,5 +1,6 @@
 """Tests of the benchmark folder: statistics, table and pictures, what counts as finished, and every command's flags."""
 
+import dataclasses
 import glob
 import importlib
 import json
