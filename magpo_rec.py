@@ -368,7 +368,7 @@ class Retention(Attention):
 
     def __call__(self, x, source, causal, past, hidden):
         """All pairs of tokens within a chunk, the hidden state between chunks: for a fixed C linear in T."""
-        num_samples, num_chunks, num_heads, chunk_steps, _ = past.weights.shape
+        num_samples, num_chunks, _, chunk_steps, _ = past.weights.shape
         source = source + past.position
         query, key, value = self.heads(x + past.position, source, chunk_steps * self.num_agents)  # (M * K, H, C * N, .)
         weights = jnp.repeat(past.weights.reshape(-1, *past.weights.shape[2:]), self.num_agents, axis=2)
@@ -553,7 +553,6 @@ class Learner(nn.Module):
         by_step = agents_view.swapaxes(0, 1)  # (T, M, N, O)
         dense = functools.partial(nn.Dense, kernel_init=orthogonal(math.sqrt(2)))
         x = nn.relu(dense(self.hidden_dim)(by_step.reshape(-1, by_step.shape[-1])))
-
         x = x.reshape(num_steps, num_samples * num_agents, self.hidden_dim)
         running = jnp.repeat(timestep.T > 0, num_agents, axis=1)[..., None]  # (T, M * N, 1)
 
@@ -939,7 +938,7 @@ def evaluate(
 
 # -------------------- Setup, logging ----------------------------------------------------------------------------------
 def make_networks(args: Args, env: TeamEnv) -> Tuple[Guider, Learner]:
-    # On two CPU cores chunks of 32 tokens, one per agent and step, are fastest (RWARE tiny-4ag).
+    # Of 4, 8, 16 and 32 steps RWARE tiny-4ag is fastest with 8, which are 32 tokens (benchmark/speed.py --chunk-steps).
     divisors = [c for c in range(1, args.num_steps + 1) if args.num_steps % c == 0]
     chunk_steps = args.chunk_steps or max(c for c in divisors if c == 1 or c * env.num_agents <= 32)
     guider = Guider(args.guider, env.num_agents, env.num_actions, args.num_heads, args.num_blocks, args.embed_dim,
