@@ -639,7 +639,7 @@ class Transition(NamedTuple):
     reward: jax.Array  # (N,)
     discount: jax.Array  # (), 0 where the episode terminated
     last: jax.Array  # () bool, the episode ended
-    next_value: jax.Array  # (N,) of what followed the action, before any reset
+    next_value: jax.Array  # (N,) of what followed the action, before any reset; of no use where discount is 0
 
 
 class Minibatch(NamedTuple):
@@ -754,8 +754,8 @@ def collect(
     batch_size = state.running_length.shape[0]
     pool = jax.vmap(env.reset)(jax.random.split(pool_key, batch_size))
 
-    def step(carry, key):
-        state, num_ended = carry
+    def step(carry, inputs):
+        (state, num_ended), (key, final) = carry, inputs
         # STEP 1/4: the guider acts
         timestep = state.running_length
         action, log_prob, value, guider_hidden = guider_act(
@@ -763,11 +763,12 @@ def collect(
         env_state, (next_obs, reward, discount, last, _) = jax.vmap(env.step)(state.env_state, action)
         _, learner_hidden = learner.apply(
             state.params.learner, state.obs.agents_view[:, None], timestep[:, None], state.hidden.learner)
-        _, next_value, _ = guider.apply(
-            state.params.guider, next_obs.agents_view[:, None], timestep[:, None] + 1, guider_hidden["encoder"],
-            method="encode")
-        transition = Transition(
-            state.obs, timestep, action, log_prob, value, reward, discount, last, next_value[:, 0])
+        # The next step encodes what follows anyway; its value has to come from here only where it would be lost.
+        following = (next_obs.agents_view[:, None], timestep[:, None] + 1, guider_hidden["encoder"])
+        encode = functools.partial(guider.apply, state.params.guider, *following, method="encode")
+        needed = final | jnp.any(last & (discount > 0))
+        next_value = jax.lax.cond(needed, lambda: encode()[1][:, 0], lambda: jnp.zeros_like(value))
+        transition = Transition(state.obs, timestep, action, log_prob, value, reward, discount, last, next_value)
 
         entry = (num_ended + jnp.cumsum(last) - 1) % batch_size
         fresh = jax.tree.map(lambda x: x[entry], pool)
@@ -783,7 +784,10 @@ def collect(
         return (state, num_ended + jnp.sum(last, dtype=jnp.int32)), (transition, episodes)
 
     carry = (state._replace(key=key), jnp.zeros((), jnp.int32))
-    (state, _), (rollout, episodes) = jax.lax.scan(step, carry, jax.random.split(act_key, args.num_steps))
+    inputs = (jax.random.split(act_key, args.num_steps), jnp.arange(args.num_steps) == args.num_steps - 1)
+    (state, _), (rollout, episodes) = jax.lax.scan(step, carry, inputs)
+    next_value = jnp.concatenate([rollout.value[1:], rollout.next_value[-1:]])
+    rollout = rollout._replace(next_value=jnp.where(rollout.last[..., None], rollout.next_value, next_value))
     return state, rollout, jax.tree.map(lambda x: jnp.sum(x, dtype=jnp.float32), episodes)
 
 

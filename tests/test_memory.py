@@ -370,25 +370,28 @@ def test_learner_goes_along(rollouts):
 
 
 def test_next_value_is_that_of_the_true_last_observation(rollouts):
-    """The next value is the next step's, and at an episode's end that of what followed, with all of its memory."""
+    """The next value is the next step's, and where an episode was cut off that of what followed, with its memory."""
     _, guider, _, params, found = rollouts
-    (before, rollout, _), truncated = found[0], 0
+    (before, rollout, _), (_, next_rollout, _) = found
+    value, kinds = jnp.concatenate([rollout.value, next_rollout.value]), set()
     encode = jax.jit(functools.partial(guider.clone(chunk_steps=1).apply, params.guider, method="encode"))
     steps = jnp.arange(6.0)[None]
     for t, b in np.ndindex(*rollout.last.shape):
         if not rollout.last[t, b]:
-            if t + 1 < rollout.last.shape[0]:
-                np.testing.assert_allclose(rollout.next_value[t, b], rollout.value[t + 1, b], rtol=1e-8, atol=1e-8)
+            np.testing.assert_allclose(rollout.next_value[t, b], value[t + 1, b], rtol=1e-8, atol=1e-8)
+            kinds |= {"end of the rollout"} if t == rollout.last.shape[0] - 1 else {"within"}
             continue
+        if rollout.discount[t, b] == 0:
+            continue  # nothing reads it
         length = int(rollout.timestep[t, b]) + 1
         view = rollout.obs.agents_view[t + 1 - length : t + 1, b]  # the episode, from its start
         final = view[-1].at[:, 2].add(0.5)  # one step on
         view = jnp.concatenate([view, final[None], jnp.zeros((5 - length, *final.shape))])[None]  # then nothing
         hidden = jax.tree.map(lambda x: x[b : b + 1], before.hidden.guider["encoder"])
-        _, value, _ = encode(view, steps, hidden)
-        np.testing.assert_allclose(rollout.next_value[t, b], value[0, length], rtol=1e-8, atol=1e-8)
-        truncated += bool(rollout.discount[t, b] == 1)
-    assert truncated >= 1
+        _, expected, _ = encode(view, steps, hidden)
+        np.testing.assert_allclose(rollout.next_value[t, b], expected[0, length], rtol=1e-8, atol=1e-8)
+        kinds |= {"truncated"}
+    assert kinds == {"within", "end of the rollout", "truncated"}
 
 
 @for_each_script
