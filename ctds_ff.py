@@ -1,25 +1,34 @@
-"""CTDS, feed-forward: centralized teacher, decentralized student, MAGPO's baseline (arXiv 2507.18059) in one file.
+"""CTDS, feed-forward: centralized teacher, decentralized student, MAGPO's baseline, in one file.
 
     python ctds_ff.py --env-id RobotWarehouse-v0
     python ctds_ff.py --env-id CoordSum-v0 --scenario 3x10=10 --learning-rate 1e-3
 
-A centralized autoregressive teacher mu(a|s) = prod_j mu(a_j | o, a_1..a_{j-1}) explores and is improved by PPO; a
-decentralized student pi(a|s) = prod_j pi(a_j | o_j) imitates it and is what gets deployed. Nothing ties the teacher to
-what the student can imitate: where the teacher's strategy cannot be decomposed, the student fails. The teacher alone is
-the CTCE baseline (MAT or Sable). An iteration has three steps:
+Two policies are trained together, for a team of N agents of which each sees a part of the state:
 
-    1. collect   a rollout with the teacher              `collect`
-    2. improve   the teacher by PPO                      `guider_loss`
-    3. follow    the student minimises KL(mu || pi)      `learner_loss`
+- the guider mu is centralized and autoregressive: the agents decide one after the other, and each
+  sees the observations o = (o_1, .., o_N) of all and the actions of those before it,
+  mu(a | o) = prod_j mu(a_j | o, a_1, .., a_{j-1}). It explores, and PPO improves it;
+- the learner pi is decentralized: each agent decides alone, from its own observation,
+  pi(a | o) = prod_j pi(a_j | o_j). It follows the guider, and is what gets deployed.
 
-Read it by `diff ctds_ff.py magpo_ff.py`, which is the paper's contribution. So that it shows nothing else, the code
-keeps MAGPO's names: the guider is the teacher, the learner is the student, in metrics too, so that both plot together.
+In CTDS the guider is called teacher and the learner student; the names are MAGPO's, so that
+`diff ctds_ff.py magpo_ff.py` shows nothing but the contribution of the paper (arXiv 2507.18059).
+No tether keeps the teacher where the student can follow: where its strategy cannot be decomposed,
+the student fails. The teacher alone is the CTCE baseline (Sable or MAT). An iteration has three
+steps:
 
-Shapes: T steps of a rollout, B environments per device, M samples of a minibatch, N agents, A actions, O observation
-features, E embedding, H heads, D devices.
+    1. collect    the guider plays a rollout                           `collect`
+    2. improve    the guider by PPO                                    `guider_loss`
+    3. follow     the learner: KL(mu || pi)                            `learner_loss`
+
+Shapes in comments: T steps of a rollout, B environments on a device, M samples given to a network
+at once (of a minibatch, or of B environments), N agents, A actions, O features of an observation,
+E width of the guider, H heads, D devices. D with a number (D1, D2, ..) is a detail of the
+implementation, which the README explains and compares with the official code.
 """
 import dataclasses
 import functools
+import importlib
 import importlib.metadata
 import json
 import math
@@ -36,37 +45,38 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
+from einops import rearrange
 from flax.linen.initializers import normal, orthogonal
 from tqdm import tqdm
 
 
-# -------------------- Flags -------------------------------------------------------------------------------------------
+# -------------------- Flags -----------------------------------------------------------------------
 @dataclasses.dataclass
-class Args:  # tyro shows the comment behind a flag as its help; [in brackets]: the official code's name
+class Args:  # tyro shows the comment behind a flag as its help; [in brackets]: the official name
     # The run
-    exp_name: str = os.path.basename(__file__)[: -len(".py")]  # name of the experiment, part of the run's folder name
+    exp_name: str = os.path.basename(__file__)[: -len(".py")]  # experiment, part of the folder name
     seed: int = 1  # seed of parameters, environments, actions and minibatches
     run_dir: str = "runs"  # folder in which the run's own folder is made
     num_devices: int = 0  # devices to train on; 0: every GPU or TPU there is, or one CPU device
-    dry_run: bool = False  # check all flags, print what would run, and stop before anything is compiled
-    track: bool = False  # log to Weights & Biases as well (WANDB_MODE=offline needs no account)
+    dry_run: bool = False  # check all flags, trace one step, print what would run, and stop
+    track: bool = False  # log to Weights & Biases too (WANDB_MODE=offline needs no account)
     wandb_project_name: str = "magpo"  # Weights & Biases project
     wandb_entity: Optional[str] = None  # Weights & Biases team; None: your own account
 
     # The environment
-    env_id: str = "CoordSum-v0"  # CoordSum-v0, Connector-v3 or a Jumanji environment with agents_view and action_mask
-    scenario: str = ""  # the task's name in the papers, e.g. tiny-2ag, con-5x5x3a, 3x10-30; "": the id's own defaults
+    env_id: str = "CoordSum-v0"  # a Jumanji environment; my_module:MyEnv-v0 imports my_module first
+    scenario: str = ""  # the task's name in the papers, e.g. tiny-2ag; "": the id's own defaults
     num_envs: int = 64  # environments stepped in parallel, over all devices
 
     # Budget and evaluation
-    total_timesteps: int = 20_000_000  # environment steps of the run, over all environments; whole iterations are run
-    num_evals: int = 20  # evaluations after the one at step 0, evenly spaced, at most one an iteration [num_evaluation]
-    eval_episodes: int = 32  # episodes per evaluation of each, learner and guider, over all devices [num_eval_episodes]
-    eval_greedy: bool = False  # evaluate with the most likely actions in place of sampled ones [evaluation_greedy]
+    total_timesteps: int = 20_000_000  # steps, summed over environments; only whole iterations run
+    num_evals: int = 20  # evaluations, evenly spaced, after the one at step 0 [num_evaluation]
+    eval_episodes: int = 32  # episodes that learner and guider each play in an evaluation
+    eval_greedy: bool = False  # evaluate the likeliest actions, not sampled [evaluation_greedy]
 
     # The algorithm
     learning_rate: float = 2.5e-4  # Adam's learning rate, of guider and learner [actor_lr]
-    anneal_lr: bool = False  # let the learning rate fall linearly to 0 over the run [decay_learning_rates]
+    anneal_lr: bool = False  # let the learning rate fall linearly to 0 [decay_learning_rates]
     num_steps: int = 128  # T: steps of one rollout in each environment [rollout_length]
     num_minibatches: int = 2  # minibatches per epoch
     update_epochs: int = 4  # passes over each rollout [ppo_epochs]
@@ -77,51 +87,68 @@ class Args:  # tyro shows the comment behind a flag as its help; [in brackets]: 
     clip_vloss: bool = True  # clip the value loss by epsilon, too
     ent_coef: float = 0.01  # weight of the guider's entropy bonus; the learner has none
     vf_coef: float = 0.5  # weight of the value loss
-    max_grad_norm: float = 0.5  # largest norm of a gradient, separately for guider and learner
+    max_grad_norm: float = 0.5  # largest norm of a gradient, for guider and learner separately
 
     # The networks
-    guider: Literal["sable", "mat"] = "sable"  # the guider's mixing: retention without memory (sable), attention (mat)
+    guider: Literal["sable", "mat"] = "sable"  # the guider mixes agents by retention or attention
     embed_dim: int = 64  # E: width of the guider [n_embd]
     num_heads: int = 1  # H: heads of the guider [n_head]
     num_blocks: int = 1  # blocks of the guider's encoder, and of its decoder [n_block]
     learner_hidden_dim: int = 128  # width of the learner's two hidden layers
 
 
+class FlagError(ValueError):
+    """A flag that cannot be obeyed; its text is the one line that the user sees."""
+
+
 def check_args(args: Args) -> None:
-    """Raises ValueError, with the flag, its value and what is allowed, on flags that cannot work together."""
-    positive = "num_envs total_timesteps num_evals eval_episodes num_steps num_minibatches update_epochs embed_dim " \
-        "num_heads num_blocks learner_hidden_dim learning_rate max_grad_norm clip_coef"
-    rules = [(name, lambda x: 0 < x < math.inf, "must be above 0, and finite") for name in positive.split()]
-    rules += [(name, lambda x: 0 <= x < math.inf, "must be finite and not negative")
-              for name in ("ent_coef", "vf_coef", "num_devices")]
-    rules += [("seed", lambda x: 0 <= x < 2**32, "must be in [0, 2**32)")]
-    rules += [(name, lambda x: 0 <= x <= 1, "must be in [0, 1]") for name in ("gamma", "gae_lambda")]
-    rules += [("embed_dim", lambda x: x % args.num_heads == 0, f"must be divisible by --num-heads {args.num_heads}")]
+    """Raises FlagError, naming the flag, its value and what is allowed, if flags cannot work."""
+
+    def require(allowed: bool, name: str, rule: str) -> None:
+        if not allowed:
+            raise FlagError(f"--{name.replace('_', '-')} {getattr(args, name)}: {rule}")
+
+    sizes = "num_envs total_timesteps num_evals eval_episodes num_steps num_minibatches"
+    sizes += " update_epochs embed_dim num_heads num_blocks learner_hidden_dim"
+    for name in f"{sizes} learning_rate max_grad_norm clip_coef".split():
+        require(0 < getattr(args, name) < math.inf, name, "must be above 0, and finite")
+    for name in ("ent_coef", "vf_coef", "num_devices"):
+        require(0 <= getattr(args, name) < math.inf, name, "must be finite and not negative")
+    for name in ("gamma", "gae_lambda"):
+        require(0 <= getattr(args, name) <= 1, name, "must be in [0, 1]")
+    require(0 <= args.seed < 2**32, "seed", "must be in [0, 2**32)")
+    rule = f"must be divisible by --num-heads {args.num_heads}"
+    require(args.embed_dim % args.num_heads == 0, "embed_dim", rule)
     steps = args.num_envs * args.num_steps
-    rules += [("total_timesteps", lambda x: x >= steps, f"leaves no update: --num-envs * --num-steps is {steps}")]
-    for name, allowed, text in rules:
-        if not allowed(getattr(args, name)):
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: {text}")
+    rule = f"leaves no update: --num-envs * --num-steps is {steps}"
+    require(args.total_timesteps >= steps, "total_timesteps", rule)
 
 
 def choose_devices(args: Args) -> list:
-    """Returns the devices to train on; raises ValueError if there are too few or the work cannot be shared out."""
+    """Returns the devices to train on, and sets args.num_devices if that is 0.
+
+    Raises FlagError if there are too few devices or the work cannot be shared out evenly.
+    """
     if args.num_devices == 0:
-        args.num_devices = 1 if jax.default_backend() == "cpu" else jax.local_device_count()
+        on_cpu = jax.default_backend() == "cpu"
+        args.num_devices = 1 if on_cpu else jax.local_device_count()
     if args.num_devices > jax.local_device_count():
-        raise ValueError(f"--num-devices {args.num_devices}: there are only {jax.local_device_count()}")
-    for name in ("num_envs", "eval_episodes"):
-        if getattr(args, name) % args.num_devices:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be divisible by --num-devices "
-                             f"{args.num_devices}")
+        number = jax.local_device_count()
+        raise FlagError(f"--num-devices {args.num_devices}: there are only {number}")
+    rule = f"must be divisible by --num-devices {args.num_devices}"
+    if args.num_envs % args.num_devices != 0:
+        raise FlagError(f"--num-envs {args.num_envs}: {rule}")
+    if args.eval_episodes % args.num_devices != 0:
+        raise FlagError(f"--eval-episodes {args.eval_episodes}: {rule}")
     samples = args.num_envs // args.num_devices * args.num_steps
-    if samples % args.num_minibatches:
-        raise ValueError(f"--num-minibatches {args.num_minibatches}: must divide the {samples} samples of a rollout on "
-                         f"each device (--num-envs / --num-devices * --num-steps)")
+    if samples % args.num_minibatches != 0:
+        rule = f"must divide the {samples} samples of a rollout on each device"
+        rule += " (--num-envs / --num-devices * --num-steps)"
+        raise FlagError(f"--num-minibatches {args.num_minibatches}: {rule}")
     return jax.local_devices()[: args.num_devices]
 
 
-# -------------------- Environment -------------------------------------------------------------------------------------
+# -------------------- Environment -----------------------------------------------------------------
 class Observation(NamedTuple):
     agents_view: jax.Array  # (N, O) float32, the one-hot agent id first
     action_mask: jax.Array  # (N, A) bool, True where legal
@@ -138,23 +165,26 @@ class Outcome(NamedTuple):
 
 
 class TeamEnv:
-    """A cooperative Jumanji environment as the algorithm sees it: `reset` and `step`, unbatched, without auto-reset.
+    """A cooperative Jumanji environment as the algorithm sees it: one game, without auto-reset.
 
-    D1: the agent's one-hot id comes first in its view, all else is passed on as it is, unnormalised.
-    D2: all agents get the team's reward: a scalar is repeated, a vector is summed first (LBF, Connector).
+    D1: the agent's one-hot id comes first in its view; the rest is passed on as it is.
+    D2: all agents get the team's reward: a scalar is repeated, a vector is summed first.
     """
 
-    def __init__(self, env: Any, view: Callable[[Any], jax.Array]):
-        """view: maps the environment's observation to (N, ...) features of each agent."""
-        self.env, self.view = env, view
+    def __init__(self, env: Any):
+        """env: its observation has agents_view (N, ...) and action_mask (N, A).
+
+        The key "won" in its timestep's extras, () bool, is optional and makes a win rate.
+        """
+        self.env = env
         _, timestep = jax.eval_shape(env.reset, jax.random.PRNGKey(0))
         self.num_agents, self.num_actions = timestep.observation.action_mask.shape
-        self.has_win_rate = "ratio_connections" in (timestep.extras or {})
+        self.has_win_rate = "won" in (timestep.extras or {})
 
     def observe(self, observation: Any) -> Observation:
-        view = self.view(observation).reshape(self.num_agents, -1).astype(jnp.float32)
-        agents_view = jnp.concatenate([jnp.eye(self.num_agents), view], axis=-1)  # (N, O)
-        return Observation(agents_view, observation.action_mask)
+        view = rearrange(observation.agents_view, "n ... -> n (...)").astype(jnp.float32)
+        agent_id = jnp.eye(self.num_agents)
+        return Observation(jnp.concatenate([agent_id, view], axis=-1), observation.action_mask)
 
     def reset(self, key: jax.Array) -> Tuple[Any, Observation]:
         state, timestep = self.env.reset(key)
@@ -164,227 +194,293 @@ class TeamEnv:
         """action: (N,) int32."""
         state, timestep = self.env.step(state, action)
         last = timestep.last()
-        reward = jnp.full((self.num_agents,), jnp.sum(timestep.reward), jnp.float32)
-        # D3: only the environment's own word ends the returns. Connector reports 0 for each agent that is connected or
-        # stuck, long before the team's episode is over, so the team's discount is 0 only once all of them are 0.
+        team_reward = jnp.sum(timestep.reward)
+        reward = jnp.full((self.num_agents,), team_reward, jnp.float32)
+        # D3: an agent may be done, with discount 0, long before the team's episode is over (in
+        # Connector: connected or stuck). The episode terminates once all discounts are 0.
         discount = jnp.where(last, jnp.max(timestep.discount), 1.0)
-        won = last & (timestep.extras["ratio_connections"] == 1.0) if self.has_win_rate else jnp.zeros((), bool)
+        won = last & timestep.extras["won"] if self.has_win_rate else jnp.zeros((), bool)
         return state, Outcome(self.observe(timestep.observation), reward, discount, last, won)
 
 
-def connector_view(observation: Any) -> jax.Array:
-    """Connector's shared (G, G) grid -> each agent's (N, 54) vector view.
-
-    D4: the papers' vector view with its quirks: coordinates divided by G * G, (0, 0) for the target of a connected
-    agent, and a board edge that reads 1 in both windows. The grid holds 3j + 1, 3j + 2, 3j + 3 for agent j's path,
-    head and target.
-    """
-    grid, num_agents = observation.grid, observation.action_mask.shape[0]
-    size = grid.shape[0]
-    part = jnp.where(grid > 0, (grid - 1) % 3, -1)  # 0: path, 1: head, 2: target, -1: empty
-
-    def view(agent):
-        head_row, head_col = jnp.unravel_index(jnp.argmax(grid == 3 * agent + 2), grid.shape)
-        target_row, target_col = jnp.unravel_index(jnp.argmax(grid == 3 * agent + 3), grid.shape)
-        blockers = jnp.where(part == 1, 1.0, jnp.where(part == 0, -1.0, 0.0))
-        targets = jnp.where(grid == 3 * agent + 3, 1.0, jnp.where(part == 2, -1.0, 0.0))
-        maps = jnp.pad(jnp.stack([blockers, targets]), ((0, 0), (2, 2), (2, 2)), constant_values=1.0)
-        windows = jax.lax.dynamic_slice(maps, (0, head_row, head_col), (2, 5, 5))
-        coordinates = jnp.stack([head_row, head_col, target_row, target_col]) / (size * size)
-        return jnp.concatenate([coordinates, windows.reshape(-1)])
-
-    return jax.vmap(view)(jnp.arange(num_agents))
+def first_observation(env: Any) -> Any:
+    """The observation of a reset, with shapes and dtypes in place of numbers."""
+    _, timestep = jax.eval_shape(env.reset, jax.random.PRNGKey(0))
+    return timestep.observation
 
 
-def scenario_kwargs(env_id: str, scenario: str) -> dict:
-    """Parses a scenario by the rule of its environment -> arguments of the environment; ValueError if not."""
-    from jumanji.environments.routing.connector.generator import LegacyRandomWalkGenerator
-    from jumanji.environments.routing.lbf.generator import RandomGenerator as LbfGenerator
-    from jumanji.environments.routing.robot_warehouse.generator import RandomGenerator as RwareGenerator
+def import_module_of(env_id: str) -> str:
+    """Imports the module of `module:Id-v0`, which registers the id, like Gymnasium -> `Id-v0`."""
+    import jumanji
 
-    def parse(rule, example):
-        match = re.fullmatch(rule, scenario)
-        if match is None:
-            raise ValueError(f"does not follow the rule {rule}, for example {example}")
-        return [int(group) if (group or "").isdigit() else group for group in match.groups()]
+    module, _, name = env_id.rpartition(":")
+    if not module:
+        return env_id
+    sys.path.append(os.getcwd())
+    try:
+        importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if not f"{module}.".startswith(f"{error.name}."):
+            raise  # the module is there, what it imports is not
+        raise FlagError(f"--env-id {env_id}: there is no module {module}") from error
+    if name not in jumanji.registered_environments():
+        raise FlagError(f"--env-id {env_id}: {module} does not register {name} with Jumanji")
+    return name
 
-    if env_id == "CoordSum-v0":
-        import coordsum
 
-        return coordsum.parse_scenario(scenario)
-    if not scenario:
-        return {}
-    if env_id == "RobotWarehouse-v0":
-        size, agents, level = parse(r"(tiny|small|medium|large|xlarge)-(\d+)ag(-easy|-hard)?", "small-4ag-hard")
-        rows, columns = {"tiny": (1, 3), "small": (2, 3), "medium": (2, 5), "large": (3, 5), "xlarge": (4, 5)}[size]
-        requests = {"-easy": 2 * agents, None: agents, "-hard": agents // 2}[level]
-        if requests == 0:
-            raise ValueError("leaves no shelf to request")
-        return {"generator": RwareGenerator(rows, columns, 8, agents, sensor_range=1, request_queue_size=requests)}
-    if env_id == "LevelBasedForaging-v0":
-        sight, size, agents, food, coop = parse(r"(?:(\d+)s-)?(\d+)x\2-(\d+)p-(\d+)f(-coop)?", "2s-10x10-3p-3f")
-        sight = size if sight is None else sight
-        return {"generator": LbfGenerator(size, agents, food, sight, max_agent_level=2, force_coop=coop is not None)}
-    if env_id == "Connector-v3":
-        size, agents = parse(r"con-(\d+)x\1x(\d+)a", "con-5x5x3a")
-        if 2 * agents > size**2:
-            raise ValueError("leaves no room for every agent's head and target")
-        # D5: the papers' boards; the environment's own default generator draws other ones.
-        return {"generator": LegacyRandomWalkGenerator(size, agents), "time_limit": size**2}
-    raise ValueError(f"{env_id} takes none")
+def make_task(env_id: str, scenario: str) -> Any:
+    """The environment that tasks.py makes; FlagError if it is not there or refuses."""
+    try:
+        import tasks
+
+        return tasks.make(env_id, scenario)
+    except ModuleNotFoundError as error:
+        flag = f"--scenario {scenario}" if scenario else f"--env-id {env_id}"
+        missing = f"{error}, which is neither beside this file nor installed"
+        raise FlagError(f"{flag}: {missing}") from error
+    except ValueError as error:
+        raise FlagError(str(error)) from error
 
 
 def make_env(env_id: str, scenario: str) -> TeamEnv:
-    """Makes the environment; scenario "" stands for its own defaults.
+    """Makes the environment of a Jumanji id; scenario "" stands for its own defaults.
 
-    Raises ValueError, in one line, on an unknown id or scenario or an environment that lacks what is needed.
+    A registered environment with agents_view needs no other file; for all else there is tasks.py.
+    Raises FlagError on an unknown id or scenario, or if the environment lacks what is needed. Its
+    own errors are shown as they are.
     """
-    import jumanji  # here, because it starts JAX's backend, and --num-devices has to be set before that
+    import jumanji  # here, because it starts JAX's backend, and num_devices is set before that
 
-    if env_id == "CoordSum-v0":
-        try:
-            import coordsum  # registers it
-        except ModuleNotFoundError:
-            raise ValueError("--env-id CoordSum-v0: needs coordsum.py beside this file") from None
-    known = "CoordSum-v0, RobotWarehouse-v0, LevelBasedForaging-v0, Connector-v3"
-    if env_id not in jumanji.registered_environments():
-        raise ValueError(f"--env-id {env_id}: unknown, try {known} or the id of another Jumanji environment")
-    try:
-        env = jumanji.make(env_id, **scenario_kwargs(env_id, scenario))
-        jax.eval_shape(env.reset, jax.random.PRNGKey(0))  # some sizes fail only here
-    except (AssertionError, TypeError, ValueError) as error:
-        raise ValueError(f"--scenario {scenario}: {str(error).splitlines()[0]}") from error
-    needed = {"action_mask", "grid" if env_id == "Connector-v3" else "agents_view"}
-    missing = needed - set(getattr(env.observation_spec, "_specs", {}))
+    name = import_module_of(env_id)
+    if scenario or name not in jumanji.registered_environments():
+        env = make_task(name, scenario)
+    else:
+        env = jumanji.make(name)
+        if not hasattr(first_observation(env), "agents_view"):
+            env = make_task(name, scenario)
+
+    # What the environment gives counts, not its observation_spec, which nothing here needs.
+    observation = first_observation(env)
+    missing = [field for field in ("action_mask", "agents_view") if not hasattr(observation, field)]
     if missing:
-        raise ValueError(f"--env-id {env_id}: its observation has no {' and no '.join(sorted(missing))}, try {known}")
+        raise FlagError(f"--env-id {env_id}: its observation has no {' and no '.join(missing)}")
+    view_shape = observation.agents_view.shape
+    mask_shape = observation.action_mask.shape
+    if len(mask_shape) != 2 or view_shape[:1] != mask_shape[:1]:
+        needs = f"agents_view (N, ...) and action_mask (N, A), not {view_shape} and {mask_shape}"
+        raise FlagError(f"--env-id {env_id}: needs {needs}")
     if not isinstance(env.action_spec, jumanji.specs.MultiDiscreteArray):
-        raise ValueError(f"--env-id {env_id}: needs one discrete action per agent, it has {env.action_spec}")
-    return TeamEnv(env, connector_view if env_id == "Connector-v3" else lambda observation: observation.agents_view)
+        needs = f"one discrete action per agent, a MultiDiscreteArray, not {env.action_spec}"
+        raise FlagError(f"--env-id {env_id}: needs {needs}")
+
+    team_env = TeamEnv(env)
+    state, _ = jax.eval_shape(team_env.reset, jax.random.PRNGKey(0))
+    action = jnp.zeros(team_env.num_agents, jnp.int32)
+    jax.eval_shape(team_env.step, state, action)  # an environment's own errors show up here
+    return team_env
 
 
-# -------------------- Networks ----------------------------------------------------------------------------------------
-# Tokens, one per sample and agent, stay flattened to (M * N, E): two dense layers and a GELU on them take 13 ms forward
-# and backward on two CPU cores, on (M, N, E) 20 ms (M = 4096, N = 3, E = 64).
+# -------------------- Networks --------------------------------------------------------------------
+# Tokens, one per sample and agent, stay flattened to (M * N, E), on which dense layers are faster.
+def split_heads(tokens: jax.Array, num_tokens: int, num_heads: int) -> jax.Array:
+    """(M * L, E) -> (M, H, L, E / H), for L tokens that look at each other."""
+    return rearrange(tokens, "(m l) (h e) -> m h l e", l=num_tokens, h=num_heads)
+
+
 class Attention(nn.Module):
-    """Multi-head attention over the agents of one step (Multi-Agent Transformer, arXiv 2205.14953), without biases."""
+    """Multi-head attention over the agents of a step, without biases (MAT, arXiv 2205.14953)."""
 
     num_agents: int
     num_heads: int
     embed_dim: int
 
     def setup(self):
-        dense = functools.partial(nn.Dense, self.embed_dim, use_bias=False, kernel_init=orthogonal(0.01))
-        self.query, self.key, self.value, self.out = dense(), dense(), dense(), dense()
+        dense = functools.partial(nn.Dense, use_bias=False, kernel_init=orthogonal(0.01))
+        self.query = dense(self.embed_dim)
+        self.key = dense(self.embed_dim)
+        self.value = dense(self.embed_dim)
+        self.out = dense(self.embed_dim)
 
-    def heads(self, x, source, num_agents):
-        """Tokens (M * N, E) -> scaled queries from x, keys and values from source, each (M, H, N, E / H)."""
-        shape = (-1, num_agents, self.num_heads, self.embed_dim // self.num_heads)
-        tokens = (self.query(x) / math.sqrt(shape[-1]), self.key(source), self.value(source))
-        return (y.reshape(shape).swapaxes(1, 2) for y in tokens)
+    def qkv(self, x, source, num_tokens):
+        """Tokens (M * L, E) -> q from x, k and v from source, each (M, H, L, E / H)."""
+        q = split_heads(self.query(x), num_tokens, self.num_heads)
+        k = split_heads(self.key(source), num_tokens, self.num_heads)
+        v = split_heads(self.value(source), num_tokens, self.num_heads)
+        return q, k, v
+
+    def attend(self, q, k, v, seen):
+        """q (M, H, I, E / H) looks at k and v (M, H, J, E / H) where seen (I, J) -> (M * I, E)."""
+        scale = math.sqrt(self.embed_dim // self.num_heads)
+        scores = (q / scale) @ rearrange(k, "m h j e -> m h e j")  # (M, H, I, J)
+        weights = jax.nn.softmax(jnp.where(seen, scores, -1e9))
+        mixed = weights @ v
+        return self.out(rearrange(mixed, "m h i e -> (m i) (h e)"))
 
     def __call__(self, x, source, causal):
-        """All agents at once, each seeing itself and, if causal, only the earlier ones: (M * N, E) -> (M * N, E)."""
-        query, key, value = self.heads(x, source, self.num_agents)
-        seen = jnp.tril(jnp.ones((self.num_agents, self.num_agents), bool)) | (not causal)
-        return self.project(self.weights(query @ key.swapaxes(-1, -2), seen) @ value, source)  # (M, H, N, N) @ value
+        """All agents at once; if causal, each sees itself and the earlier ones. (M * N, E)"""
+        q, k, v = self.qkv(x, source, self.num_agents)
+        everyone = jnp.ones((self.num_agents, self.num_agents), bool)
+        seen = jnp.tril(everyone) if causal else everyone
+        return self.attend(q, k, v, seen)
 
-    def weights(self, scores, seen):
-        return jax.nn.softmax(jnp.where(seen, scores, -1e9))
-
-    def project(self, mixed, source):
-        """Mixes the heads: (M, H, N, E / H) -> tokens (M * N, E)."""
-        return self.out(mixed.swapaxes(1, 2).reshape(-1, self.embed_dim))
-
-    def init_cache(self, batch_size):
+    def init_hidden(self, batch_size):
         """Keys and values of the agents that have acted, each (M, H, N, E / H)."""
-        zeros = jnp.zeros((batch_size, self.num_heads, self.num_agents, self.embed_dim // self.num_heads))
+        head_dim = self.embed_dim // self.num_heads
+        zeros = jnp.zeros((batch_size, self.num_heads, self.num_agents, head_dim))
         return zeros, zeros
 
-    def decode(self, x, source, cache, agent):
-        """The same for the tokens (M, E) of one agent, the earlier ones being in the cache -> (M, E), cache."""
-        query, *new = self.heads(x, source, num_agents=1)
-        keys, values = (jax.lax.dynamic_update_slice_in_dim(old, y, agent, axis=2) for old, y in zip(cache, new))
-        weights = self.weights(query @ keys.swapaxes(-1, -2), jnp.arange(self.num_agents) <= agent)
-        return self.project(weights @ values, source), (keys, values)
+    def decode(self, x, source, hidden, agent):
+        """The same for the tokens (M, E) of one agent -> (M, E), hidden with its k and v."""
+        q, k, v = self.qkv(x, source, num_tokens=1)
+        keys, values = hidden
+        keys = jax.lax.dynamic_update_slice_in_dim(keys, k, agent, axis=2)
+        values = jax.lax.dynamic_update_slice_in_dim(values, v, agent, axis=2)
+        seen = jnp.arange(self.num_agents) <= agent
+        return self.attend(q, keys, values, seen), (keys, values)
 
 
-class Retention(Attention):
-    """Retention over the agents of one step, without memory of earlier steps (Sable, arXiv 2410.01706).
+class Retention(nn.Module):
+    """Retention over the agents of a step, without memory of earlier ones (arXiv 2410.01706).
 
-    It is attention without the softmax, so that a sum of key (outer product) value stands for all earlier agents.
-    D6: Sable's particulars: all matrices start as normal(1 / E), a group norm inside each head, and an output gate that
-    reads what the keys read.
+    Attention without the softmax: agent i reads sum_{j <= i} (q_i . k_j) v_j = q_i S_i, where the
+    state S_i = sum_{j <= i} k_j v_j^T stands for all earlier agents, whatever their number.
+    D6: Sable's particulars: all matrices start as normal(1 / E), a group norm inside each head,
+    and an output gate that reads what the keys read.
     """
 
-    def setup(self):
-        dense = functools.partial(nn.Dense, self.embed_dim, use_bias=False, kernel_init=normal(1 / self.embed_dim))
-        self.query, self.key, self.value, self.out, self.gate = dense(), dense(), dense(), dense(), dense()
-        self.head_norm = nn.GroupNorm(num_groups=self.num_heads)
-
-    def weights(self, scores, seen):
-        return jnp.where(seen, scores, 0.0)
-
-    def project(self, mixed, source):
-        mixed = self.head_norm(mixed.swapaxes(1, 2).reshape(-1, self.embed_dim))
-        return self.out(nn.swish(self.gate(source)) * mixed)
-
-    def init_cache(self, batch_size):
-        """The sum over the agents that have acted, (M, H, E / H, E / H)."""
-        return jnp.zeros((batch_size, self.num_heads) + 2 * (self.embed_dim // self.num_heads,))
-
-    def decode(self, x, source, cache, agent):
-        query, key, value = self.heads(x, source, num_agents=1)
-        cache = cache + key.swapaxes(-1, -2) @ value
-        return self.project(query @ cache, source), cache
-
-
-class Block(nn.Module):
-    """Mixes tokens over agents, in the decoder also observations with actions, then an MLP; norms after the sums.
-
-    `mat` is attention, layer norm and a GELU MLP; `sable` is retention, RMS norm and SwiGLU.
-    """
-
-    guider: str
     num_agents: int
     num_heads: int
     embed_dim: int
 
     def setup(self):
-        mix, norm = {"mat": (Attention, nn.LayerNorm), "sable": (Retention, nn.RMSNorm)}[self.guider]
-        self.self_mix, self.cross_mix = (mix(self.num_agents, self.num_heads, self.embed_dim) for _ in range(2))
-        self.norms = [norm() for _ in range(3)]
-        dense = functools.partial(nn.Dense, self.embed_dim, kernel_init=orthogonal(math.sqrt(2)))
-        self.mlp = [dense() for _ in range(2 if self.guider == "mat" else 3)]
+        start = normal(1 / self.embed_dim)
+        dense = functools.partial(nn.Dense, use_bias=False, kernel_init=start)
+        self.query = dense(self.embed_dim)
+        self.key = dense(self.embed_dim)
+        self.value = dense(self.embed_dim)
+        self.gate = dense(self.embed_dim)
+        self.out = dense(self.embed_dim)
+        self.head_norm = nn.GroupNorm(num_groups=self.num_heads)
 
-    def feed_forward(self, x):
-        hidden = nn.gelu(self.mlp[1](x)) if self.guider == "mat" else nn.swish(self.mlp[1](x)) * self.mlp[2](x)
-        return self.norms[2](x + self.mlp[0](hidden))
+    def qkv(self, x, source, num_tokens):
+        """Tokens (M * L, E) -> scaled q from x, k and v from source, each (M, H, L, E / H)."""
+        scale = math.sqrt(self.embed_dim // self.num_heads)
+        q = split_heads(self.query(x), num_tokens, self.num_heads) / scale
+        k = split_heads(self.key(source), num_tokens, self.num_heads)
+        v = split_heads(self.value(source), num_tokens, self.num_heads)
+        return q, k, v
 
-    def encode(self, x):
+    def project(self, mixed, source):
+        """Norms, gates and mixes the heads: (M, H, L, E / H), tokens (M * L, E) -> (M * L, E)."""
+        mixed = self.head_norm(rearrange(mixed, "m h l e -> (m l) (h e)"))
+        return self.out(nn.swish(self.gate(source)) * mixed)
+
+    def __call__(self, x, source, causal):
+        """All agents at once; if causal, each sees itself and the earlier ones. (M * N, E)"""
+        q, k, v = self.qkv(x, source, self.num_agents)
+        scores = q @ rearrange(k, "m h j e -> m h e j")  # (M, H, I, J), q_i . k_j
+        if causal:
+            scores = jnp.tril(scores)
+        return self.project(scores @ v, source)
+
+    def init_hidden(self, batch_size):
+        """S, the sum over the agents that have acted, (M, H, E / H, E / H)."""
+        head_dim = self.embed_dim // self.num_heads
+        return jnp.zeros((batch_size, self.num_heads, head_dim, head_dim))
+
+    def decode(self, x, source, hidden, agent):
+        """The same for the tokens (M, E) of one agent -> (M, E), S with its k v^T added."""
+        q, k, v = self.qkv(x, source, num_tokens=1)
+        hidden = hidden + rearrange(k, "m h 1 e -> m h e 1") @ v
+        return self.project(q @ hidden, source), hidden
+
+
+MIXER = {"mat": Attention, "sable": Retention}
+NORM = {"mat": nn.LayerNorm, "sable": nn.RMSNorm}
+
+
+def make_mlp(kind: str, embed_dim: int) -> list:
+    """The dense layers of `mlp`: down and up for mat; down, up and gate for sable."""
+    num_layers = {"mat": 2, "sable": 3}[kind]
+    start = orthogonal(math.sqrt(2))
+    return [nn.Dense(embed_dim, kernel_init=start) for _ in range(num_layers)]
+
+
+def mlp(layers: list, x: jax.Array) -> jax.Array:
+    """A GELU MLP of two layers, or a SwiGLU of three: (..., E) -> (..., E)."""
+    if len(layers) == 2:
+        down, up = layers
+        return down(nn.gelu(up(x)))
+    down, up, gate = layers
+    return down(nn.swish(up(x)) * gate(x))
+
+
+class EncoderBlock(nn.Module):
+    """Mixes observation tokens over agents, then an MLP; norms come after the sums."""
+
+    kind: str
+    num_agents: int
+    num_heads: int
+    embed_dim: int
+
+    def setup(self):
+        self.self_mix = MIXER[self.kind](self.num_agents, self.num_heads, self.embed_dim)
+        self.norm_1 = NORM[self.kind]()
+        self.mlp = make_mlp(self.kind, self.embed_dim)
+        self.norm_2 = NORM[self.kind]()
+
+    def __call__(self, x):
         """Observation tokens (M * N, E) -> (M * N, E); every agent sees all."""
-        return self.feed_forward(self.norms[0](x + self.self_mix(x, x, causal=False)))
+        x = self.norm_1(x + self.self_mix(x, x, causal=False))
+        return self.norm_2(x + mlp(self.mlp, x))
 
-    def decode_all(self, x, obs_tokens):
-        """Action and observation tokens (M * N, E) -> (M * N, E); agent j sees the actions of agents < j."""
-        x = self.norms[0](x + self.self_mix(x, x, causal=True))
-        return self.feed_forward(self.norms[1](obs_tokens + self.cross_mix(obs_tokens, x, causal=True)))
 
-    def init_cache(self, batch_size):
-        return self.self_mix.init_cache(batch_size), self.cross_mix.init_cache(batch_size)
+class DecoderBlock(nn.Module):
+    """Mixes action tokens over agents, then these with observation tokens, then an MLP."""
 
-    def decode_one(self, x, obs_tokens, cache, agent):
-        """The same for the tokens (M, E) of one agent, with what the earlier ones left in the cache."""
-        mixed, self_cache = self.self_mix.decode(x, x, cache[0], agent)
-        x = self.norms[0](x + mixed)
-        mixed, cross_cache = self.cross_mix.decode(obs_tokens, x, cache[1], agent)
-        return self.feed_forward(self.norms[1](obs_tokens + mixed)), (self_cache, cross_cache)
+    kind: str
+    num_agents: int
+    num_heads: int
+    embed_dim: int
+
+    def setup(self):
+        self.self_mix = MIXER[self.kind](self.num_agents, self.num_heads, self.embed_dim)
+        self.norm_1 = NORM[self.kind]()
+        self.cross_mix = MIXER[self.kind](self.num_agents, self.num_heads, self.embed_dim)
+        self.norm_2 = NORM[self.kind]()
+        self.mlp = make_mlp(self.kind, self.embed_dim)
+        self.norm_3 = NORM[self.kind]()
+
+    def __call__(self, x, obs_tokens):
+        """Action and observation tokens (M * N, E) -> (M * N, E); agent j sees agents <= j."""
+        x = self.norm_1(x + self.self_mix(x, x, causal=True))
+        x = self.norm_2(obs_tokens + self.cross_mix(obs_tokens, x, causal=True))
+        return self.norm_3(x + mlp(self.mlp, x))
+
+    def init_hidden(self, batch_size):
+        return self.self_mix.init_hidden(batch_size), self.cross_mix.init_hidden(batch_size)
+
+    def decode(self, x, obs_tokens, hidden, agent):
+        """The same for the tokens (M, E) of one agent; hidden stands for the earlier ones."""
+        self_hidden, cross_hidden = hidden
+        mixed, self_hidden = self.self_mix.decode(x, x, self_hidden, agent)
+        x = self.norm_1(x + mixed)
+        mixed, cross_hidden = self.cross_mix.decode(obs_tokens, x, cross_hidden, agent)
+        x = self.norm_2(obs_tokens + mixed)
+        return self.norm_3(x + mlp(self.mlp, x)), (self_hidden, cross_hidden)
+
+
+def make_head(kind: str, embed_dim: int, width: int) -> nn.Module:
+    """Two layers from a token (E,) to (width,) outputs, which start near 0."""
+    wide = nn.Dense(embed_dim, kernel_init=orthogonal(math.sqrt(2)))
+    out = nn.Dense(width, kernel_init=orthogonal(0.01))
+    return nn.Sequential([wide, nn.gelu, NORM[kind](), out])
 
 
 class Guider(nn.Module):
-    """mu: an encoder of all agents' observations with a value head, and a decoder that takes agent after agent."""
+    """mu: an encoder of all observations with a value head, and a decoder of agent after agent."""
 
-    guider: str
+    kind: str  # sable or mat
     num_agents: int
     num_actions: int
     num_heads: int
@@ -392,106 +488,125 @@ class Guider(nn.Module):
     embed_dim: int
 
     def setup(self):
-        norm = {"mat": nn.LayerNorm, "sable": nn.RMSNorm}[self.guider]
-        embed = functools.partial(nn.Dense, self.embed_dim, kernel_init=orthogonal(math.sqrt(2)))
-        block = functools.partial(Block, self.guider, self.num_agents, self.num_heads, self.embed_dim)
+        norm = NORM[self.kind]
+        dense = functools.partial(nn.Dense, self.embed_dim, kernel_init=orthogonal(math.sqrt(2)))
+        sizes = (self.kind, self.num_agents, self.num_heads, self.embed_dim)
 
-        def head(width):
-            return nn.Sequential([embed(), nn.gelu, norm(), nn.Dense(width, kernel_init=orthogonal(0.01))])
+        self.obs_embed = nn.Sequential([norm(), dense(), nn.gelu, norm()])
+        self.encoder = [EncoderBlock(*sizes) for _ in range(self.num_blocks)]
+        self.value_head = make_head(self.kind, self.embed_dim, 1)
 
-        self.obs_embed = nn.Sequential([norm(), embed(), nn.gelu, norm()])
-        self.encoder, self.value_head = [block() for _ in range(self.num_blocks)], head(1)
-        self.action_embed = nn.Sequential([embed(use_bias=False), nn.gelu, norm()])
-        self.decoder, self.policy_head = [block() for _ in range(self.num_blocks)], head(self.num_actions)
+        self.action_embed = nn.Sequential([dense(use_bias=False), nn.gelu, norm()])
+        self.decoder = [DecoderBlock(*sizes) for _ in range(self.num_blocks)]
+        self.policy_head = make_head(self.kind, self.embed_dim, self.num_actions)
 
     def encode(self, agents_view: jax.Array) -> Tuple[jax.Array, jax.Array]:
         """agents_view (M, N, O) -> observation tokens (M * N, E), value (M, N)."""
-        obs_tokens = self.obs_embed(agents_view.reshape(-1, agents_view.shape[-1]))
+        x = self.obs_embed(rearrange(agents_view, "m n o -> (m n) o"))
         for block in self.encoder:
-            obs_tokens = block.encode(obs_tokens)
-        return obs_tokens, self.value_head(obs_tokens).reshape(-1, self.num_agents)
+            x = block(x)
+        value = rearrange(self.value_head(x), "(m n) 1 -> m n", n=self.num_agents)
+        return x, value
+
+    def embed_action(self, previous: jax.Array) -> jax.Array:
+        """The action + 1 of the agent before, 0: nobody, (M,) -> tokens (M, E).
+
+        One-hot and not a table of embeddings, whose gradient is a slow scatter.
+        """
+        return self.action_embed(jax.nn.one_hot(previous, self.num_actions + 1))
 
     def __call__(self, agents_view: jax.Array, action: jax.Array) -> Tuple[jax.Array, jax.Array]:
-        """Training, all agents at once: agents_view (M, N, O), action (M, N) -> logits (M, N, A), value (M, N).
+        """Training: agents_view (M, N, O), action (M, N) -> logits (M, N, A), value (M, N).
 
-        Agent j's logits depend on the actions of agents < j alone. D7: the agents keep the order in which they acted.
+        All agents at once; agent j's logits depend on the actions of agents < j alone.
+        D7: the agents keep the order in which they acted.
         """
         obs_tokens, value = self.encode(agents_view)
-        # Actions shifted by one agent; class 0 stands for "nobody before me". One-hot and not a table, whose gradient
-        # would be a scatter.
-        previous = jnp.pad(action[:, :-1] + 1, ((0, 0), (1, 0)))
-        x = self.action_embed(jax.nn.one_hot(previous.reshape(-1), self.num_actions + 1))
+        previous = jnp.pad(action[:, :-1] + 1, ((0, 0), (1, 0)))  # agent j gets that of agent j - 1
+        x = self.embed_action(rearrange(previous, "m n -> (m n)"))
         for block in self.decoder:
-            x = block.decode_all(x, obs_tokens)
-        return self.policy_head(x).reshape(-1, self.num_agents, self.num_actions), value
+            x = block(x, obs_tokens)
+        logits = rearrange(self.policy_head(x), "(m n) a -> m n a", n=self.num_agents)
+        return logits, value
 
-    def init_cache(self, batch_size: int) -> list:
-        return [block.init_cache(batch_size) for block in self.decoder]
+    def init_hidden(self, batch_size: int) -> list:
+        """What the decoder's blocks remember before the first agent decides."""
+        return [block.init_hidden(batch_size) for block in self.decoder]
 
-    def decode_one(self, obs_tokens: jax.Array, previous: jax.Array, cache: list, agent: jax.Array):
-        """Acting, one agent: obs_tokens (M, E) of that agent, previous (M,) action + 1 of the one before (0: nobody).
+    def decode(self, obs_tokens: jax.Array, previous: jax.Array, hidden: list, agent: jax.Array):
+        """Acting, one agent: obs_tokens (M, E) and previous (M,), see `embed_action`.
 
-        Returns logits (M, A) and the extended cache; the cost of an agent grows linearly in N for mat, not at all for
-        sable.
+        Returns logits (M, A) and the hidden state with this agent added. The cost of an agent grows
+        linearly in N for mat, not at all for sable.
         """
-        x = self.action_embed(jax.nn.one_hot(previous, self.num_actions + 1))
-        new_cache = []
-        for block, block_cache in zip(self.decoder, cache):
-            x, block_cache = block.decode_one(x, obs_tokens, block_cache, agent)
-            new_cache.append(block_cache)
-        return self.policy_head(x), new_cache
+        x = self.embed_action(previous)
+        new_hidden = []
+        for block, block_hidden in zip(self.decoder, hidden):
+            x, block_hidden = block.decode(x, obs_tokens, block_hidden, agent)
+            new_hidden.append(block_hidden)
+        return self.policy_head(x), new_hidden
 
 
 class Learner(nn.Module):
-    """pi: one MLP for all agents, each of which sees its own observation alone; its id is part of it."""
+    """pi: one MLP for all agents, each of which sees its own observation alone, its id in it."""
 
     num_actions: int
     hidden_dim: int
 
     @nn.compact
     def __call__(self, agents_view: jax.Array) -> jax.Array:
-        """agents_view (..., O) -> logits (..., A)."""
-        x = agents_view.reshape(-1, agents_view.shape[-1])
-        for _ in range(2):
-            x = nn.relu(nn.Dense(self.hidden_dim, kernel_init=orthogonal(math.sqrt(2)))(x))
+        """agents_view (M, N, O) -> logits (M, N, A)."""
+        num_agents = agents_view.shape[-2]
+        x = rearrange(agents_view, "m n o -> (m n) o")
+        x = nn.relu(nn.Dense(self.hidden_dim, kernel_init=orthogonal(math.sqrt(2)))(x))
+        x = nn.relu(nn.Dense(self.hidden_dim, kernel_init=orthogonal(math.sqrt(2)))(x))
         logits = nn.Dense(self.num_actions, kernel_init=orthogonal(0.01))(x)
-        return logits.reshape(*agents_view.shape[:-1], self.num_actions)
+        return rearrange(logits, "(m n) a -> m n a", n=num_agents)
 
 
+# -------------------- Policies --------------------------------------------------------------------
 def action_distribution(logits: jax.Array, action_mask: jax.Array) -> distrax.Categorical:
-    """The one place that knows the kind of action. Illegal actions get probability 0, with finite gradients."""
+    """The policies of the agents, (..., A). Illegal actions have probability 0."""
     return distrax.Categorical(logits=jnp.where(action_mask, logits, -1e9), dtype=jnp.int32)
 
 
-def guider_act(guider: Guider, params: Any, obs: Observation, key: jax.Array, greedy: bool = False):
-    """Decodes agent after agent with a cache: obs (B, N, ...) -> action (B, N) int32, log_prob (B, N), value (B, N)."""
+def guider_act(guider: Guider, params: Any, obs: Observation, key: jax.Array, greedy=False):
+    """Decides agent after agent, each knowing the actions before it: obs (B, N, ...).
+
+    Returns action (B, N) int32, log_prob (B, N), value (B, N).
+    """
     batch_size, num_agents, _ = obs.agents_view.shape
     obs_tokens, value = guider.apply(params, obs.agents_view, method="encode")
-    obs_tokens = obs_tokens.reshape(batch_size, num_agents, -1)
 
-    def decode(carry, inputs):
-        previous, cache = carry
+    def decide(carry, inputs):
+        previous, hidden = carry
         agent, key, token, action_mask = inputs
-        logits, cache = guider.apply(params, token, previous, cache, agent, method="decode_one")
+        logits, hidden = guider.apply(params, token, previous, hidden, agent, method="decode")
         policy = action_distribution(logits, action_mask)
         action = policy.mode() if greedy else policy.sample(seed=key)
-        return (action + 1, cache), (action, policy.log_prob(action))
+        return (action + 1, hidden), (action, policy.log_prob(action))
 
-    cache = guider.apply(params, batch_size, method="init_cache")
-    agents_first = jax.tree.map(lambda x: x.swapaxes(0, 1), (obs_tokens, obs.action_mask))  # (N, B, ...)
-    inputs = (jnp.arange(num_agents), jax.random.split(key, num_agents), *agents_first)
-    _, (action, log_prob) = jax.lax.scan(decode, (jnp.zeros(batch_size, jnp.int32), cache), inputs)
-    return action.T, log_prob.T, value
+    nobody = jnp.zeros(batch_size, jnp.int32)
+    hidden = guider.apply(params, batch_size, method="init_hidden")
+    by_agent = (
+        jnp.arange(num_agents),
+        jax.random.split(key, num_agents),
+        rearrange(obs_tokens, "(b n) e -> n b e", n=num_agents),
+        rearrange(obs.action_mask, "b n a -> n b a"),
+    )
+    _, (action, log_prob) = jax.lax.scan(decide, (nobody, hidden), by_agent)
+    return rearrange(action, "n b -> b n"), rearrange(log_prob, "n b -> b n"), value
 
 
-def learner_act(learner: Learner, params: Any, obs: Observation, key: jax.Array, greedy: bool = False) -> jax.Array:
+def learner_act(learner: Learner, params: Any, obs: Observation, key: jax.Array, greedy=False):
     """All agents at once, each from its own observation: obs (B, N, ...) -> action (B, N) int32."""
     policy = action_distribution(learner.apply(params, obs.agents_view), obs.action_mask)
     return policy.mode() if greedy else policy.sample(seed=key)
 
+# -------------------- Containers ------------------------------------------------------------------
+class Pair(NamedTuple):
+    """One for each network: parameters, gradients, optimizers or their states."""
 
-# -------------------- Containers --------------------------------------------------------------------------------------
-class Params(NamedTuple):
     guider: Any
     learner: Any
 
@@ -501,7 +616,7 @@ class Transition(NamedTuple):
 
     obs: Observation
     action: jax.Array  # (N,) int32
-    behaviour_log_prob: jax.Array  # (N,) of the guider that acted
+    behaviour_log_prob: jax.Array  # (N,) of the guider that acted, mu_old
     value: jax.Array  # (N,)
     reward: jax.Array  # (N,)
     discount: jax.Array  # (), 0 where the episode terminated
@@ -521,8 +636,10 @@ class Minibatch(NamedTuple):
 
 
 class TrainState(NamedTuple):
-    params: Params
-    opt_state: Params
+    """What one iteration hands to the next, on each device."""
+
+    params: Pair
+    opt_state: Pair
     env_state: Any  # (B, ...)
     obs: Observation  # (B, N, ...)
     running_return: jax.Array  # (B,) of the episodes under way
@@ -530,19 +647,20 @@ class TrainState(NamedTuple):
     key: jax.Array
 
 
-# -------------------- The algorithm, as pure functions ----------------------------------------------------------------
+# -------------------- The algorithm, as pure functions --------------------------------------------
 def gae(reward, value, next_value, discount, last, gamma, gae_lambda):
     """Generalised advantage estimation (arXiv 1506.02438) -> advantage, value_target (T, B, N).
 
     reward, value, next_value: (T, B, N); discount, last: (T, B).
-    D8: at a time limit that the environment signals as truncation (last, but discount 1) the value of the true last
-    observation is used. The official code takes every last step for a termination.
+    D8: at a time limit that the environment signals as truncation (last, but discount 1) the value
+    of the true last observation is used. The official code takes every end for a termination.
     """
 
     def backwards(next_advantage, step):
         reward, value, next_value, discount, last = step
         error = reward + gamma * discount[:, None] * next_value - value
-        advantage = error + gamma * gae_lambda * (1.0 - last[:, None]) * next_advantage
+        trace = gamma * gae_lambda * (1.0 - last[:, None])
+        advantage = error + trace * next_advantage
         return advantage, advantage
 
     steps = (reward, value, next_value, discount, last)
@@ -551,12 +669,17 @@ def gae(reward, value, next_value, discount, last, gamma, gae_lambda):
 
 
 def guider_loss(ratio, clipped_ratio, advantage):
-    """The teacher's PPO loss: mean over samples and agents of -min(r * A, clipped r * A)."""
+    """The guider's PPO loss: mean over samples and agents of -min(r * A, clipped r * A).
+
+    Each agent has a ratio of its own, of its conditional policy, although action and reward are
+    joint: the product of N ratios would leave PPO's clip after ever smaller steps. This is the
+    sequential update of Corollary 4.2, done for all agents at once.
+    """
     return -jnp.mean(jnp.minimum(ratio * advantage, clipped_ratio * advantage))
 
 
 def value_loss(value, old_value, value_target, clip_coef, clip_vloss):
-    """0.5 * mean squared error of the guider's value head; the larger of it and its clipped form if clip_vloss."""
+    """0.5 * mean squared error of the values; with clip_vloss the larger of it and clipped one."""
     error = jnp.square(value - value_target)
     if clip_vloss:
         clipped_value = old_value + jnp.clip(value - old_value, -clip_coef, clip_coef)
@@ -565,7 +688,10 @@ def value_loss(value, old_value, value_target, clip_coef, clip_vloss):
 
 
 def learner_loss(guider_policy, learner_policy):
-    """KL(mu || pi) to the teacher as it is now, as a mean over samples and agents. guider_policy: no gradient."""
+    """KL(mu || pi), as a mean over samples and agents.
+
+    guider_policy: as it is now, without gradient.
+    """
     return jnp.mean(guider_policy.kl_divergence(learner_policy))
 
 
@@ -576,13 +702,24 @@ def normalise(x: jax.Array) -> jax.Array:
     return (x - mean) / (jnp.sqrt(variance) + 1e-8)
 
 
-# -------------------- One iteration: the three steps ------------------------------------------------------------------
-def collect(args: Args, env: TeamEnv, guider: Guider, state: TrainState) -> Tuple[TrainState, Transition, dict]:
-    """Plays T steps in B environments with the guider -> state, rollout (T, B, ...), sums over the ended episodes.
+# -------------------- One iteration: the three steps ----------------------------------------------
+def replace_ended(last: jax.Array, fresh: Any, current: Any) -> Any:
+    """The fresh start where an episode ended, elsewhere what is: last (B,), trees (B, ...)."""
 
-    D11: fresh start states come from a pool of B made once per rollout, because a reset inside the step would be
-    computed for every environment in every step. The k-th episode that ends is followed by entry k; if more than B end,
-    the entries are used again from the first on.
+    def select(ended, new, old):
+        return jax.tree.map(lambda x, y: jnp.where(ended, x, y), new, old)
+
+    return jax.vmap(select)(last, fresh, current)
+
+
+def collect(
+    args: Args, env: TeamEnv, guider: Guider, state: TrainState
+) -> Tuple[TrainState, Transition, dict]:
+    """Plays T steps in B environments -> state, rollout (T, B, ...), sums over ended episodes.
+
+    D11: fresh starts come from a pool of B made once per rollout, because a reset inside the step
+    would be computed for every environment in every step. The k-th episode that ends is followed
+    by entry k; if more than B end, the entries are used again from the first on.
     """
     key, pool_key, act_key = jax.random.split(state.key, 3)
     batch_size = state.running_length.shape[0]
@@ -590,32 +727,43 @@ def collect(args: Args, env: TeamEnv, guider: Guider, state: TrainState) -> Tupl
 
     def step(carry, key):
         state, num_ended = carry
-        # STEP 1/3: the teacher acts
+        # STEP 1/3: the guider acts
         action, log_prob, value = guider_act(guider, state.params.guider, state.obs, key)
-        env_state, (next_obs, reward, discount, last, _) = jax.vmap(env.step)(state.env_state, action)
-        transition = Transition(state.obs, action, log_prob, value, reward, discount, last, next_obs)
+        env_state, outcome = jax.vmap(env.step)(state.env_state, action)
+        last = outcome.last
+        before = (state.obs, action, log_prob, value)
+        after = (outcome.reward, outcome.discount, last, outcome.obs)
+        transition = Transition(*before, *after)
 
+        # The number of each ended episode, from 0; what the others get here is never used.
         entry = (num_ended + jnp.cumsum(last) - 1) % batch_size
         fresh = jax.tree.map(lambda x: x[entry], pool)
-        select = jax.vmap(lambda last, new, old: jax.tree.map(functools.partial(jnp.where, last), new, old))
-        env_state, obs = select(last, fresh, (env_state, next_obs))
+        env_state, obs = replace_ended(last, fresh, (env_state, outcome.obs))
 
-        running_return, running_length = state.running_return + jnp.mean(reward, axis=1), state.running_length + 1
-        episodes = {
-            "return": jnp.sum(running_return * last), "length": jnp.sum(running_length * last), "number": jnp.sum(last)}
-        state = state._replace(
-            env_state=env_state, obs=obs, running_return=running_return * ~last, running_length=running_length * ~last)
-        return (state, num_ended + jnp.sum(last, dtype=jnp.int32)), (transition, episodes)
+        running_return = state.running_return + jnp.mean(outcome.reward, axis=1)
+        running_length = state.running_length + 1
+        sums = {"return": jnp.sum(running_return * last), "length": jnp.sum(running_length * last)}
+        sums["number"] = jnp.sum(last)
+        state = state._replace(env_state=env_state, obs=obs)
+        state = state._replace(running_return=running_return * ~last)
+        state = state._replace(running_length=running_length * ~last)
+        num_ended += jnp.sum(last, dtype=jnp.int32)
+        return (state, num_ended), (transition, sums)
 
     carry = (state._replace(key=key), jnp.zeros((), jnp.int32))
-    (state, _), (rollout, episodes) = jax.lax.scan(step, carry, jax.random.split(act_key, args.num_steps))
-    return state, rollout, jax.tree.map(lambda x: jnp.sum(x, dtype=jnp.float32), episodes)
+    keys = jax.random.split(act_key, args.num_steps)
+    (state, _), (rollout, sums) = jax.lax.scan(step, carry, keys)
+    return state, rollout, jax.tree.map(lambda x: jnp.sum(x, dtype=jnp.float32), sums)
 
 
-def minibatch_loss(params: Params, args: Args, guider: Guider, learner: Learner, mb: Minibatch):
+def minibatch_loss(params: Pair, args: Args, guider: Guider, learner: Learner, mb: Minibatch):
     """Steps 2 and 3 on one minibatch -> total loss, dict of its parts.
 
-    D10: one forward pass of each network serves all terms, and stop_gradients keep apart what belongs to whom.
+    Per sample and agent, for the action taken, with r = mu / mu_old:
+    guider   mean[-min(r A, clip(r, 1 - eps, 1 + eps) A)] - ent_coef H + vf_coef L_value
+    learner  mean[KL(mu || pi)]
+    D10: one forward pass of each network serves all terms. The first line moves the guider alone,
+    the second the learner, because each reads the other's policy through a stop_gradient.
     """
     guider_logits, value = guider.apply(params.guider, mb.obs.agents_view, mb.action)
     learner_logits = learner.apply(params.learner, mb.obs.agents_view)
@@ -624,7 +772,7 @@ def minibatch_loss(params: Params, args: Args, guider: Guider, learner: Learner,
     guider_log_prob = guider_policy.log_prob(mb.action)  # (M, N)
     advantage = normalise(mb.advantage) if args.norm_adv else mb.advantage
 
-    # STEP 2/3: the teacher improves
+    # STEP 2/3: the guider improves
     log_ratio = guider_log_prob - mb.behaviour_log_prob
     ratio = jnp.exp(log_ratio)
     clipped_ratio = jnp.clip(ratio, 1 - args.clip_coef, 1 + args.clip_coef)
@@ -633,8 +781,9 @@ def minibatch_loss(params: Params, args: Args, guider: Guider, learner: Learner,
     critic_loss = value_loss(value, mb.value, mb.value_target, args.clip_coef, args.clip_vloss)
     loss = guider_policy_loss - args.ent_coef * guider_entropy + args.vf_coef * critic_loss
 
-    # STEP 3/3: the student follows
-    fixed_guider_policy = action_distribution(jax.lax.stop_gradient(guider_logits), mb.obs.action_mask)
+    # STEP 3/3: the learner follows
+    fixed_logits = jax.lax.stop_gradient(guider_logits)
+    fixed_guider_policy = action_distribution(fixed_logits, mb.obs.action_mask)
     learner_kl = learner_loss(fixed_guider_policy, learner_policy)
     loss += learner_kl
 
@@ -650,28 +799,35 @@ def minibatch_loss(params: Params, args: Args, guider: Guider, learner: Learner,
     }
 
 
-def make_minibatches(args: Args, rollout: Transition, advantage, value_target, key: jax.Array) -> Tuple[Minibatch, Any]:
-    """-> all samples (T * B, ...), and indices (epochs * minibatches, M) that permute them anew in each epoch."""
-    samples = Minibatch(
-        rollout.obs, rollout.action, rollout.behaviour_log_prob, rollout.value, advantage, value_target)
-    samples = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), samples)  # (T, B, ...) -> (T * B, ...)
-    permute = functools.partial(jax.random.permutation, x=samples.action.shape[0])
-    indices = jax.vmap(permute)(jax.random.split(key, args.update_epochs))
-    return samples, indices.reshape(args.update_epochs * args.num_minibatches, -1)
+def make_minibatches(
+    args: Args, rollout: Transition, advantage, value_target, key: jax.Array
+) -> Tuple[Minibatch, jax.Array]:
+    """All samples (T * B, ...), and indices (epochs * minibatches, M), permuted in each epoch."""
+    collected = (rollout.obs, rollout.action, rollout.behaviour_log_prob, rollout.value)
+    samples = Minibatch(*collected, advantage, value_target)
+    samples = jax.tree.map(lambda x: rearrange(x, "t b ... -> (t b) ..."), samples)
+    number = samples.action.shape[0]
+    keys = jax.random.split(key, args.update_epochs)
+    order = jax.vmap(lambda key: jax.random.permutation(key, number))(keys)
+    indices = rearrange(order, "epoch (mb m) -> (epoch mb) m", mb=args.num_minibatches)
+    return samples, indices
 
 
 def train_iteration(
-    args: Args, env: TeamEnv, guider: Guider, learner: Learner, optimizers: Params, state: TrainState
+    args: Args, env: TeamEnv, guider: Guider, learner: Learner, optimizers: Pair, state: TrainState
 ) -> Tuple[TrainState, dict]:
-    """One rollout and all updates from it, on one device of the pmap axis "device" -> state, metrics to add up."""
+    """One rollout and all updates from it -> state, metrics to add up over iterations.
+
+    It runs on each device of the pmap axis "device", which shares gradients and metrics.
+    """
     state, rollout, episodes = collect(args, env, guider, state)
 
-    # One pass of the encoder gives every next value, those of the true last observations among them.
-    flat_view = rollout.next_obs.agents_view.reshape(-1, *rollout.next_obs.agents_view.shape[2:])  # (T * B, N, O)
-    _, next_value = guider.apply(state.params.guider, flat_view, method="encode")
-    advantage, value_target = gae(
-        rollout.reward, rollout.value, next_value.reshape(rollout.value.shape), rollout.discount, rollout.last,
-        args.gamma, args.gae_lambda)
+    # One pass of the encoder gives every next value, also those of the true last observations.
+    next_view = rearrange(rollout.next_obs.agents_view, "t b n o -> (t b) n o")
+    _, next_value = guider.apply(state.params.guider, next_view, method="encode")
+    next_value = rearrange(next_value, "(t b) n -> t b n", t=args.num_steps)
+    steps = (rollout.reward, rollout.value, next_value, rollout.discount, rollout.last)
+    advantage, value_target = gae(*steps, args.gamma, args.gae_lambda)
 
     key, shuffle_key = jax.random.split(state.key)
     samples, indices = make_minibatches(args, rollout, advantage, value_target, shuffle_key)
@@ -683,122 +839,179 @@ def train_iteration(
         grads, losses = jax.lax.pmean((grads, losses), "device")
         losses["guider_grad_norm"] = optax.tree.norm(grads.guider)
         losses["learner_grad_norm"] = optax.tree.norm(grads.learner)
-        # D12: guider and learner have an optimizer each, so that neither's gradient norm scales the other's step.
-        results = [opt.update(g, s) for opt, g, s in zip(optimizers, grads, opt_state)]
-        updates, opt_state = Params(*[u for u, _ in results]), Params(*[s for _, s in results])
-        return (optax.apply_updates(params, updates), opt_state), losses
+        # D12: an optimizer each, so that neither's gradient norm scales the other's step.
+        guider_step, guider_opt = optimizers.guider.update(grads.guider, opt_state.guider)
+        learner_step, learner_opt = optimizers.learner.update(grads.learner, opt_state.learner)
+        params = optax.apply_updates(params, Pair(guider_step, learner_step))
+        return (params, Pair(guider_opt, learner_opt)), losses
 
-    (params, opt_state), losses = jax.lax.scan(update, (state.params, state.opt_state), indices)  # losses: scalars
+    carry = (state.params, state.opt_state)
+    (params, opt_state), losses = jax.lax.scan(update, carry, indices)  # losses: (updates,) each
     state = state._replace(params=params, opt_state=opt_state, key=key)
 
+    num_finite = jax.tree.map(lambda x: jnp.sum(jnp.isfinite(x), dtype=jnp.float32), losses)
+    means = jax.tree.map(jnp.mean, losses)
+    del means["ratio"]
+    means["first_ratio"] = losses["ratio"][0]  # 1 as long as acting and training agree
     # value_target - value is the advantage, so its variance is what the values leave unexplained.
-    unexplained, total = jax.lax.pmean((jnp.var(advantage), jnp.var(value_target)), "device")
-    first_ratio, means = losses.pop("ratio")[0], jax.tree.map(jnp.mean, losses)
-    means |= {"first_ratio": first_ratio, "explained_variance": 1 - unexplained / (total + 1e-8)}
-    finite = jax.tree.map(lambda x: jnp.sum(jnp.isfinite(x), dtype=jnp.float32), losses)  # minibatches
-    return state, {"losses": means, "finite": finite, "episodes": jax.lax.psum(episodes, "device")}
+    unexplained = jax.lax.pmean(jnp.var(advantage), "device")
+    total = jax.lax.pmean(jnp.var(value_target), "device")
+    means["explained_variance"] = 1 - unexplained / (total + 1e-8)
+    episodes = jax.lax.psum(episodes, "device")
+    return state, {"losses": means, "num_finite": num_finite, "episodes": episodes}
 
 
-# -------------------- Evaluation --------------------------------------------------------------------------------------
-def play(env: TeamEnv, act: Callable, num_episodes: int, key: jax.Array) -> Tuple[jax.Array, jax.Array, jax.Array]:
-    """Plays whole episodes, all at once, without auto-reset -> return, length, won, each (num_episodes,) float32.
+# -------------------- Evaluation ------------------------------------------------------------------
+MAX_EPISODE_STEPS = 10_000  # evaluation gives up on longer episodes; raise it if yours are longer
 
-    act(obs, key) -> action (num_episodes, N). Warning: it waits for the last episode to end, however long that takes.
+
+class Episodes(NamedTuple):
+    """Episodes played, each field (num_episodes,) float32."""
+
+    returns: jax.Array
+    length: jax.Array  # steps
+    won: jax.Array  # 1 where won
+    ended: jax.Array  # 0 where the episode went on after MAX_EPISODE_STEPS
+
+
+def play(env: TeamEnv, act: Callable, num_episodes: int, key: jax.Array) -> Episodes:
+    """Plays whole episodes, all at once, without auto-reset, until the last of them ends.
+
+    act(obs, key) -> action (num_episodes, N).
     """
     key, reset_key = jax.random.split(key)
-    state, obs = jax.vmap(env.reset)(jax.random.split(reset_key, num_episodes))
+    env_state, obs = jax.vmap(env.reset)(jax.random.split(reset_key, num_episodes))
     zeros = jnp.zeros(num_episodes)
 
-    def unfinished(carry):
-        return ~jnp.all(carry[2])
+    def goes_on(carry):
+        episodes, step_count, *_ = carry
+        return ~jnp.all(episodes.ended) & (step_count < MAX_EPISODE_STEPS)
 
     def step(carry):
-        state, obs, ended, (total, length, won), key = carry
+        episodes, step_count, env_state, obs, key = carry
         key, act_key = jax.random.split(key)
-        state, outcome = jax.vmap(env.step)(state, act(obs, act_key))
-        running = 1.0 - ended
-        total += running * jnp.mean(outcome.reward, axis=1)
-        won += running * outcome.won
-        return state, outcome.obs, ended | outcome.last, (total, length + running, won), key
+        env_state, outcome = jax.vmap(env.step)(env_state, act(obs, act_key))
+        running = 1.0 - episodes.ended
+        returns = episodes.returns + running * jnp.mean(outcome.reward, axis=1)
+        length = episodes.length + running
+        won = episodes.won + running * outcome.won
+        ended = jnp.maximum(episodes.ended, outcome.last)
+        episodes = Episodes(returns, length, won, ended)
+        return episodes, step_count + 1, env_state, outcome.obs, key
 
-    carry = (state, obs, jnp.zeros(num_episodes, bool), (zeros, zeros, zeros), key)
-    return jax.lax.while_loop(unfinished, step, carry)[3]
+    carry = (Episodes(zeros, zeros, zeros, zeros), 0, env_state, obs, key)
+    episodes, *_ = jax.lax.while_loop(goes_on, step, carry)
+    return episodes
 
 
 def evaluate(
-    args: Args, env: TeamEnv, guider: Guider, learner: Learner, params: Params, key: jax.Array
-) -> Tuple[Tuple, Tuple]:
-    """Plays eval_episodes / D episodes with the learner and as many with the guider, from the same start states."""
+    args: Args, env: TeamEnv, guider: Guider, learner: Learner, params: Pair, key: jax.Array
+) -> Tuple[Episodes, Episodes]:
+    """Plays eval_episodes / D episodes with learner and guider each, from the same start states."""
 
     def act_as_learner(obs, key):
         return learner_act(learner, params.learner, obs, key, args.eval_greedy)
 
     def act_as_guider(obs, key):
-        return guider_act(guider, params.guider, obs, key, args.eval_greedy)[0]
+        action, _, _ = guider_act(guider, params.guider, obs, key, args.eval_greedy)
+        return action
 
     num_episodes = args.eval_episodes // args.num_devices
-    return play(env, act_as_learner, num_episodes, key), play(env, act_as_guider, num_episodes, key)
+    learner_episodes = play(env, act_as_learner, num_episodes, key)
+    guider_episodes = play(env, act_as_guider, num_episodes, key)
+    return learner_episodes, guider_episodes
 
-
-# -------------------- Setup, logging ----------------------------------------------------------------------------------
+# -------------------- Setup -----------------------------------------------------------------------
 def make_networks(args: Args, env: TeamEnv) -> Tuple[Guider, Learner]:
-    guider = Guider(args.guider, env.num_agents, env.num_actions, args.num_heads, args.num_blocks, args.embed_dim)
-    return guider, Learner(env.num_actions, args.learner_hidden_dim)
+    sizes = (args.num_heads, args.num_blocks, args.embed_dim)
+    guider = Guider(args.guider, env.num_agents, env.num_actions, *sizes)
+    learner = Learner(env.num_actions, args.learner_hidden_dim)
+    return guider, learner
 
 
 def learning_rate(args: Args, iteration: int) -> Any:
     """The learning rate in an iteration, counted from 0."""
+    if not args.anneal_lr:
+        return args.learning_rate
     num_iterations = args.total_timesteps // (args.num_envs * args.num_steps)
-    return args.learning_rate * (1 - iteration / num_iterations) if args.anneal_lr else args.learning_rate
+    return args.learning_rate * (1 - iteration / num_iterations)
 
 
-def make_optimizers(args: Args) -> Params:
-    def schedule(count):
-        return learning_rate(args, count // (args.update_epochs * args.num_minibatches))
+def make_optimizers(args: Args) -> Pair:
+    """Adam for guider and learner, each behind a clip of its gradient's norm."""
 
-    optimizer = optax.chain(optax.clip_by_global_norm(args.max_grad_norm), optax.adam(schedule, eps=1e-5))
-    return Params(guider=optimizer, learner=optimizer)
+    def schedule(num_updates):
+        return learning_rate(args, num_updates // (args.update_epochs * args.num_minibatches))
+
+    clip = optax.clip_by_global_norm(args.max_grad_norm)
+    optimizer = optax.chain(clip, optax.adam(schedule, eps=1e-5))
+    return Pair(guider=optimizer, learner=optimizer)
 
 
-def init_state(args: Args, env: TeamEnv, guider: Guider, learner: Learner, optimizers: Params, params_key, key):
-    """params_key: the same on all devices; D13: key: another on each, for environments, actions and minibatches."""
+def init_state(
+    args: Args, env: TeamEnv, guider: Guider, learner: Learner, optimizers: Pair, params_key, key
+) -> TrainState:
+    """The state of one device before the first iteration.
+
+    params_key is the same on all devices. D13: key is another on each, for environments, actions
+    and minibatches.
+    """
     key, reset_key = jax.random.split(key)
     batch_size = args.num_envs // args.num_devices
     env_state, obs = jax.vmap(env.reset)(jax.random.split(reset_key, batch_size))
     guider_key, learner_key = jax.random.split(params_key)
-    first_view, no_action = obs.agents_view[:1], jnp.zeros((1, env.num_agents), jnp.int32)
-    params = Params(guider.init(guider_key, first_view, no_action), learner.init(learner_key, first_view))
-    opt_state = Params(*[optimizer.init(p) for optimizer, p in zip(optimizers, params)])
+    first_view = obs.agents_view[:1]
+    no_action = jnp.zeros((1, env.num_agents), jnp.int32)
+    guider_params = guider.init(guider_key, first_view, no_action)
+    learner_params = learner.init(learner_key, first_view)
+    guider_opt = optimizers.guider.init(guider_params)
+    learner_opt = optimizers.learner.init(learner_params)
+    params = Pair(guider_params, learner_params)
+    opt_state = Pair(guider_opt, learner_opt)
     zeros = jnp.zeros(batch_size)
     return TrainState(params, opt_state, env_state, obs, zeros, zeros, key)
 
 
+# -------------------- Logging ---------------------------------------------------------------------
 def train_row(args: Args, metrics: dict, iteration: int, interval: int) -> dict:
     """Metrics summed over `interval` iterations that began after `iteration` -> values to log.
 
-    Raises FloatingPointError, with the term and the iteration, on a loss that is not finite.
+    Raises FloatingPointError, with the term and the iteration, on a loss that is not finite. Such
+    a loss is taken to stay so, which dates it by the number of updates before.
     """
-    updates = args.update_epochs * args.num_minibatches
-    worst = min(metrics["finite"], key=metrics["finite"].get)
-    if metrics["finite"][worst] < interval * updates:
-        raise FloatingPointError(
-            f"losses/{worst} is not finite in iteration {iteration + int(metrics['finite'][worst]) // updates + 1}")
-    row = {f"losses/{name}": x / interval for name, x in metrics["losses"].items()}
+    num_updates = args.update_epochs * args.num_minibatches
+    num_finite = metrics["num_finite"]
+    worst = min(num_finite, key=num_finite.get)
+    if num_finite[worst] < interval * num_updates:
+        failed = iteration + int(num_finite[worst]) // num_updates + 1
+        raise FloatingPointError(f"losses/{worst} is not finite in iteration {failed}")
+    row = {f"losses/{name}": total / interval for name, total in metrics["losses"].items()}
     row["charts/learning_rate"] = learning_rate(args, iteration + interval - 1)
-    row["charts/num_episodes"] = number = metrics["episodes"]["number"]
-    if number:
-        row["charts/episodic_return"] = metrics["episodes"]["return"] / number
-        row["charts/episodic_length"] = metrics["episodes"]["length"] / number
+    episodes = metrics["episodes"]
+    row["charts/num_episodes"] = episodes["number"]
+    if episodes["number"] > 0:
+        row["charts/episodic_return"] = episodes["return"] / episodes["number"]
+        row["charts/episodic_length"] = episodes["length"] / episodes["number"]
     return row
 
 
-def eval_row(learner_results: Tuple, guider_results: Tuple, has_win_rate: bool) -> dict:
-    """Returns, lengths and wins of the episodes of learner and guider -> values to log."""
-    (learner_return, length, won), (guider_return, _, _) = learner_results, guider_results
-    row = {"eval/learner_return": np.mean(learner_return), "eval/learner_return_std": np.std(learner_return)}
-    row |= {"eval/guider_return": np.mean(guider_return), "eval/episodic_length": np.mean(length)}
+def eval_row(learner_episodes: Episodes, guider_episodes: Episodes, has_win_rate: bool) -> dict:
+    """The evaluation's episodes -> values to log.
+
+    Raises TimeoutError if an episode has not ended.
+    """
+    ended = np.concatenate([learner_episodes.ended, guider_episodes.ended], axis=None)
+    if not np.all(ended):
+        endless = f"{np.sum(ended == 0)} of {ended.size} episodes have not ended"
+        raise TimeoutError(f"evaluation: {endless} after {MAX_EPISODE_STEPS} steps")
+    row = {"eval/learner_return": np.mean(learner_episodes.returns)}
+    row["eval/learner_return_std"] = np.std(learner_episodes.returns)
+    row["eval/guider_return"] = np.mean(guider_episodes.returns)
     row["eval/imitation_gap"] = row["eval/guider_return"] - row["eval/learner_return"]
-    return row | ({"eval/win_rate": np.mean(won)} if has_win_rate else {})
+    row["eval/episodic_length"] = np.mean(learner_episodes.length)
+    if has_win_rate:
+        row["eval/win_rate"] = np.mean(learner_episodes.won)
+    return row
 
 
 def plot_learning_curve(rows: list, title: str, path: str) -> None:
@@ -806,10 +1019,13 @@ def plot_learning_curve(rows: list, title: str, path: str) -> None:
     from matplotlib.figure import Figure  # not pyplot, which would look for a display
 
     fig = Figure(figsize=(7, 4.2), layout="constrained")
-    ax = fig.add_subplot(title=title, xlabel="environment steps", ylabel="return per evaluation episode")
+    ax = fig.add_subplot()
+    ax.set(title=title, xlabel="environment steps", ylabel="return per evaluation episode")
     steps = [row["global_step"] for row in rows]
-    ax.plot(steps, [row["eval/guider_return"] for row in rows], "--", label="guider, centralized")
-    ax.plot(steps, [row["eval/learner_return"] for row in rows], "-", label="learner, decentralized")
+    guider_return = [row["eval/guider_return"] for row in rows]
+    learner_return = [row["eval/learner_return"] for row in rows]
+    ax.plot(steps, guider_return, "--", label="guider, centralized")
+    ax.plot(steps, learner_return, "-", label="learner, decentralized")
     ax.grid(alpha=0.3)
     ax.legend()
     fig.savefig(path, dpi=150)
@@ -820,39 +1036,51 @@ class Logger:
 
     def __init__(self, args: Args):
         scenario = re.sub(r"[^\w.=-]", "_", args.scenario)
-        self.name = f"{args.env_id}__{scenario}__{args.exp_name}__{args.seed}__{int(time.time())}"
+        env_id = re.sub(r"[^\w.=-]", "_", args.env_id)
+        self.name = f"{env_id}__{scenario}__{args.exp_name}__{args.seed}__{int(time.time())}"
         self.folder = os.path.join(args.run_dir, self.name)
         try:
             os.makedirs(self.folder)
         except OSError as error:
-            raise ValueError(f"--run-dir {args.run_dir}: cannot make {self.folder}: {error.strerror}") from error
-        about = {"args": dataclasses.asdict(args), "command": " ".join(sys.argv)}
+            reason = f"cannot make {self.folder}: {error.strerror}"
+            raise FlagError(f"--run-dir {args.run_dir}: {reason}") from error
         packages = ("jax", "flax", "optax", "distrax", "jumanji", "numpy")
-        about["versions"] = {name: importlib.metadata.version(name) for name in packages}
-        about["devices"] = [device.device_kind for device in jax.local_devices()[: args.num_devices]]
+        devices = jax.local_devices()[: args.num_devices]
+        about = {
+            "args": dataclasses.asdict(args),
+            "command": " ".join(sys.argv),
+            "versions": {name: importlib.metadata.version(name) for name in packages},
+            "devices": [device.device_kind for device in devices],
+        }
         with open(os.path.join(self.folder, "args.json"), "w") as file:
             json.dump(about, file, indent=2)
-        self.rows, self.wandb = [], None
+        self.rows = []
         self.file = open(os.path.join(self.folder, "metrics.jsonl"), "w")
+        self.wandb = None
         if args.track:
             import wandb
 
-            self.wandb = wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, name=self.name,
-                                    config=about, save_code=True, dir=self.folder)
-        self.bar = tqdm(total=args.total_timesteps, unit="step", unit_scale=True, disable=not sys.stderr.isatty())
+            self.wandb = wandb.init(
+                project=args.wandb_project_name, entity=args.wandb_entity, name=self.name,
+                config=about, save_code=True, dir=self.folder)
+        quiet = not sys.stderr.isatty()
+        self.bar = tqdm(total=args.total_timesteps, unit="step", unit_scale=True, disable=quiet)
         self.bar.set_postfix_str("compiling")
 
     def log(self, row: dict) -> None:
-        row = {name: int(x) if name == "global_step" else float(x) for name, x in row.items()}
+        row = {name: float(x) for name, x in row.items()}
+        row["global_step"] = int(row["global_step"])
         self.rows.append(row)
         self.file.write(json.dumps(row) + "\n")
         self.file.flush()
         if self.wandb:
             self.wandb.log(row, step=row["global_step"])
-        text = f"learner {row['eval/learner_return']:.2f}  guider {row['eval/guider_return']:.2f}"
-        self.bar.set_postfix_str(text)
+        returns = f"learner {row['eval/learner_return']:.2f}"
+        returns += f"  guider {row['eval/guider_return']:.2f}"
+        self.bar.set_postfix_str(returns)
         if self.bar.disable:
-            print(f"global_step={row['global_step']}  {text}  SPS {row.get('charts/SPS', 0):.0f}", flush=True)
+            speed = f"SPS {row.get('charts/SPS', 0):.0f}"
+            print(f"global_step={row['global_step']}  {returns}  {speed}", flush=True)
 
     def close(self) -> None:
         self.bar.close()
@@ -865,53 +1093,68 @@ class Logger:
         print(f"metrics and learning curve: {self.folder}")
 
 
+# -------------------- Training --------------------------------------------------------------------
 def train(args: Args, env: TeamEnv, devices: list, logger: Logger) -> None:
     """Compiles, then alternates intervals of training with evaluation, and logs."""
     guider, learner = make_networks(args, env)
     optimizers = make_optimizers(args)
     steps_per_iteration = args.num_envs * args.num_steps
     num_iterations = args.total_timesteps // steps_per_iteration
-    eval_iterations = sorted({math.ceil(num_iterations * (i + 1) / args.num_evals) for i in range(args.num_evals)})
+    evals = range(1, args.num_evals + 1)
+    eval_iterations = {math.ceil(num_iterations * i / args.num_evals) for i in evals}
 
+    # Compilation. Every leaf of state, keys and metrics is (D, ...).
     start = time.time()
     key, params_key, eval_key = jax.random.split(jax.random.PRNGKey(args.seed), 3)
-    parts = (args, env, guider, learner)
-    init = jax.pmap(functools.partial(init_state, *parts, optimizers), in_axes=(None, 0), devices=devices)
     keys = jax.random.split(key, args.num_devices)
-    init = init.lower(params_key, keys).compile({"xla_backend_optimization_level": 0})  # it runs once, so compile fast
-    state = init(params_key, keys)  # every leaf (D, ...)
-    iterate = jax.pmap(
-        functools.partial(train_iteration, *parts, optimizers), axis_name="device", devices=devices, donate_argnums=0)
+    init = functools.partial(init_state, args, env, guider, learner, optimizers)
+    init = jax.pmap(init, in_axes=(None, 0), devices=devices).lower(params_key, keys)
+    init = init.compile({"xla_backend_optimization_level": 0})  # it runs once, so compile fast
+    state = init(params_key, keys)
+    iterate = functools.partial(train_iteration, args, env, guider, learner, optimizers)
+    iterate = jax.pmap(iterate, axis_name="device", devices=devices, donate_argnums=0)
     iterate = iterate.lower(state).compile()
-    evaluate_both = jax.pmap(functools.partial(evaluate, *parts), devices=devices)
-    evaluate_both = evaluate_both.lower(state.params, jax.random.split(eval_key, args.num_devices)).compile()
-    add = jax.jit(lambda metrics, new: jax.tree.map(jnp.add, metrics, new))
-    clock = {"time/compile_s": time.time() - start, "time/train_s": 0.0, "time/eval_s": 0.0}
+    play_both = functools.partial(evaluate, args, env, guider, learner)
+    play_both = jax.pmap(play_both, devices=devices)
+    play_both = play_both.lower(state.params, keys).compile()
+    add = jax.jit(functools.partial(jax.tree.map, jnp.add))
+    compile_seconds = time.time() - start
+    train_seconds = 0.0
+    eval_seconds = 0.0
     logger.bar.reset(num_iterations * steps_per_iteration)  # the time left is reckoned from here
 
     iteration = 0
-    for interval_end in [0] + eval_iterations:
-        interval, start, metrics = interval_end - iteration, time.time(), None
+    for interval_end in [0] + sorted(eval_iterations):
+        row = {"global_step": interval_end * steps_per_iteration}
+        interval = interval_end - iteration
+        metrics = None
+        start = time.time()
         for _ in range(interval):
             state, new_metrics = iterate(state)
             metrics = new_metrics if metrics is None else add(metrics, new_metrics)
-            jax.block_until_ready(metrics)  # so that the progress bar tells the truth and Ctrl-C works at once
+            jax.block_until_ready(metrics)  # the bar tells the truth, and Ctrl-C works at once
             logger.bar.update(steps_per_iteration)
-        row = {"global_step": interval_end * steps_per_iteration}
-        if interval:
+        if interval > 0:
             seconds = time.time() - start
-            clock["time/train_s"] += seconds
-            row |= train_row(args, jax.tree.map(lambda x: np.asarray(x)[0], metrics), iteration, interval)
+            train_seconds += seconds
+            metrics = jax.tree.map(lambda x: np.asarray(x)[0], metrics)
+            row |= train_row(args, metrics, iteration, interval)
             row["charts/SPS"] = interval * steps_per_iteration / seconds
+
         start = time.time()
-        eval_keys = jax.random.split(jax.random.fold_in(eval_key, interval_end), args.num_devices)
-        results = jax.tree.map(np.asarray, evaluate_both(state.params, eval_keys))  # each (D, episodes)
-        clock["time/eval_s"] += time.time() - start
-        logger.log(row | eval_row(*results, env.has_win_rate) | clock)
+        interval_key = jax.random.fold_in(eval_key, interval_end)
+        eval_keys = jax.random.split(interval_key, args.num_devices)
+        episodes = jax.tree.map(np.asarray, play_both(state.params, eval_keys))
+        eval_seconds += time.time() - start
+        row |= eval_row(*episodes, env.has_win_rate)
+        row["time/compile_s"] = compile_seconds
+        row["time/train_s"] = train_seconds
+        row["time/eval_s"] = eval_seconds
+        logger.log(row)
         iteration = interval_end
 
 
-# -------------------- Main --------------------------------------------------------------------------------------------
+# -------------------- Main ------------------------------------------------------------------------
 def main() -> int:
     """Parses and checks the flags, trains, and returns the exit status."""
     args = tyro.cli(Args)
@@ -919,19 +1162,22 @@ def main() -> int:
     try:
         check_args(args)
         if args.num_devices > 1:
-            # XLA splits the CPU into devices only if told so before its first use. With a thread for each, two devices
-            # on two cores train a fifth faster than one that splits each operation over both (benchmark/speed.py).
+            # XLA splits the CPU into devices only if told so before its first use. One thread for
+            # each is faster than every operation split over all cores (benchmark/speed.py).
             jax.config.update("jax_num_cpu_devices", args.num_devices)
-            os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false"
+            one_thread = " --xla_cpu_multi_thread_eigen=false"
+            os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + one_thread
         devices = choose_devices(args)
         env = make_env(args.env_id, args.scenario)
         task = f"{args.env_id} {args.scenario}".strip()
-        print(f"{script}: {task}, {env.num_agents} agents, {env.num_actions} actions, {args.guider} guider, "
-              f"{args.total_timesteps} steps, {args.num_devices} x {devices[0].device_kind}")
+        team = f"{env.num_agents} agents, {env.num_actions} actions"
+        hardware = f"{args.num_devices} x {devices[0].device_kind}"
+        budget = f"{args.guider} guider, {args.total_timesteps} steps"
+        print(f"{script}: {task}, {team}, {budget}, {hardware}")
         if args.dry_run:
             return 0
         logger = Logger(args)
-    except ValueError as error:
+    except FlagError as error:
         print(f"{script}: error: {error}", file=sys.stderr)
         return 2
     try:
@@ -939,7 +1185,7 @@ def main() -> int:
     except KeyboardInterrupt:
         print(f"{script}: interrupted", file=sys.stderr)
         return 130
-    except FloatingPointError as error:
+    except (FloatingPointError, TimeoutError) as error:
         print(f"{script}: error: {error}", file=sys.stderr)
         return 1
     finally:

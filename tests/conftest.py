@@ -115,7 +115,7 @@ def random_minibatch(script, seed, guider, learner, num_samples):
     inputs = (mb.obs.agents_view, mb.action), (mb.obs.agents_view,)
     if memory:
         inputs = [(*x, mb.timestep, hidden) for x, hidden in zip(inputs, mb.hidden)]
-    return mb, script.Params(random_params(guider, seed, *inputs[0]), random_params(learner, seed + 1, *inputs[1]))
+    return mb, script.Pair(random_params(guider, seed, *inputs[0]), random_params(learner, seed + 1, *inputs[1]))
 
 
 def apply_guider(guider, params, mb):

@@ -239,8 +239,8 @@ def gradients_by_the_paper(script, mb, delta, learner_rl_coef, ent_coef, vf_coef
         policy_loss = -jnp.minimum(rho * advantage, jnp.clip(rho, 1 - clip_coef, 1 + clip_coef) * advantage)
         return jnp.mean(explicit_kl(log_mu, log_pi) + learner_rl_coef * policy_loss)
 
-    objectives = script.Params(guider_objective, learner_objective)
-    return jax.jit(lambda params: script.Params(*[jax.grad(f)(p) for f, p in zip(objectives, params)]))(params)
+    objectives = script.Pair(guider_objective, learner_objective)
+    return jax.jit(lambda params: script.Pair(*[jax.grad(f)(p) for f, p in zip(objectives, params)]))(params)
 
 
 def assert_close(x, y, tolerance=1e-5):
@@ -390,11 +390,11 @@ def collected(request):
     if memory:
         start = script.init_hidden(dataclasses.replace(args, learner_hidden_dim=4), env, guider, 4)
         first_view, zeros = obs.agents_view[:, None], jnp.zeros((4, 1))
-        params = script.Params(
+        params = script.Pair(
             random_params(guider, 0, first_view, jnp.zeros((4, 1, 2), jnp.int32), zeros, start.guider),
             random_params(learner, 1, first_view, zeros, start.learner))
     else:
-        params = script.Params(random_params(guider, 0, obs.agents_view, jnp.zeros((4, 2), jnp.int32)), None)
+        params = script.Pair(random_params(guider, 0, obs.agents_view, jnp.zeros((4, 2), jnp.int32)), None)
     fields = {"params": params, "opt_state": None, "env_state": {"tag": tag, "time": time}, "obs": obs,
               "running_return": jnp.zeros(4), "running_length": jnp.zeros(4), "key": jax.random.PRNGKey(1)}
     state = script.TrainState(**fields, **({"hidden": start} if memory else {}))
@@ -485,13 +485,14 @@ def test_play_counts_each_episode_to_its_end(script):
         return (action, memory_and_key[1]) if has_memory(script) else action
 
     hidden = [jnp.zeros(())] if has_memory(script) else []
-    total, length, won = script.play(ScriptedEnv(script), act, *hidden, 16, jax.random.PRNGKey(0))
+    episodes = script.play(ScriptedEnv(script), act, *hidden, 16, jax.random.PRNGKey(0))
     jax.effects_barrier()
     (tag,) = starts
     assert set(tag % 4) == {0, 1, 2, 3} and len(set(tag)) == 16
-    np.testing.assert_array_equal(length, 1 + tag % 4)
-    np.testing.assert_array_equal(total, (1 + tag % 4) * (2 + tag % 4))  # 2 + 4 + .. + 2 * length
-    np.testing.assert_array_equal(won, tag % 3 == 0)
+    np.testing.assert_array_equal(episodes.length, 1 + tag % 4)
+    np.testing.assert_array_equal(episodes.returns, (1 + tag % 4) * (2 + tag % 4))  # 2 + 4 + .. + 2 * length
+    np.testing.assert_array_equal(episodes.won, tag % 3 == 0)
+    assert np.all(episodes.ended)
 
 
 # -------------------- A whole iteration -------------------------------------------------------------------------------
@@ -595,7 +596,7 @@ def program_size(script, scenario, **flags):
 
 @pytest.mark.parametrize("kind", ["sable", "mat"])
 @pytest.mark.parametrize("script", scripts_with(
-    "train_iteration", "collect", "gae", "make_minibatches", "guider_act", "Guider", "Block", distinct=True))
+    "train_iteration", "collect", "gae", "make_minibatches", "guider_act", "Guider", "EncoderBlock", "DecoderBlock", distinct=True))
 def test_program_does_not_grow(script, kind):
     """The program of an iteration is as long for 16 steps, 6 agents and 3 epochs as for 4, 2 and 1."""
     size = program_size(script, "2x4-5", guider=kind, num_steps=4, update_epochs=1)

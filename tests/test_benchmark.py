@@ -305,11 +305,11 @@ def test_every_command_is_one_that_its_script_takes(monkeypatch):
 
 def test_every_scenario_exists(monkeypatch):
     monkeypatch.chdir(ROOT)
-    import magpo_ff
+    import tasks
 
     args = [run.parse(line)[1] for path in FILES for line in commands(path)]
     for env_id, scenario in {(x["env_id"], x["scenario"]) for x in args}:
-        magpo_ff.scenario_kwargs(env_id, scenario)  # raises if not
+        tasks.make(env_id, scenario)  # raises if not
 
 
 def test_commands_of_a_file_differ_and_stay_in_its_own_folder(monkeypatch):

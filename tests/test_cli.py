@@ -15,6 +15,7 @@ import time
 import types
 
 import jax
+import numpy as np
 import pytest
 from conftest import scripts_with
 
@@ -169,8 +170,9 @@ def test_delta_inf_is_allowed(script, call):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_win_rate_only_where_there_is_one(script):
     """The evaluation row holds means over episodes, and a win rate only for environments that have one."""
-    results = [([1.0, 3.0], [10.0, 20.0], [0.0, 1.0]), ([4.0, 6.0], [1.0, 1.0], [1.0, 1.0])]
-    results = [tuple(map(jax.numpy.array, result)) for result in results]
+    learner = script.Episodes([1.0, 3.0], [10.0, 20.0], [0.0, 1.0], [1.0, 1.0])
+    guider = script.Episodes([4.0, 6.0], [1.0, 1.0], [1.0, 1.0], [1.0, 1.0])
+    results = jax.tree.map(np.array, (learner, guider), is_leaf=lambda x: isinstance(x, list))
     row = script.eval_row(*results, True)
     assert row.keys() == EVAL | WIN_RATE and script.eval_row(*results, False).keys() == EVAL
     expected = {"learner_return": 2, "learner_return_std": 1, "guider_return": 5, "imitation_gap": 3,
@@ -321,7 +323,7 @@ def alone(environ, tmp_path_factory):
     """Finished process, folder and rows of a copy of the script with nothing beside it; two episodes of 100 steps."""
     folder, script = tmp_path_factory.mktemp("alone"), MAGPO[0].values[0]
     copy = shutil.copy(script.__file__, folder / "mine.py")
-    flags = """--env-id LevelBasedForaging-v0 --scenario 5x5-2p-1f-coop --num-envs 2 --num-steps 128 --num-evals 1
+    flags = """--env-id LevelBasedForaging-v0 --num-envs 2 --num-steps 128 --num-evals 1
                --total-timesteps 300 --eval-episodes 2 --embed-dim 4 --learner-hidden-dim 4 --num-minibatches 1
                --update-epochs 1 --guider sable --run-dir out""".split()
     done = run(copy, flags, folder, {k: v for k, v in environ.items() if k != "PYTHONPATH"})
@@ -332,7 +334,7 @@ def alone(environ, tmp_path_factory):
 def test_alone(alone):
     """The script copied to an empty folder trains on a Jumanji environment; what does not fill an iteration is left."""
     done, folder, rows = alone
-    assert folder.name.startswith("LevelBasedForaging-v0__5x5-2p-1f-coop__mine__1__") and done.stderr == ""
+    assert folder.name.startswith("LevelBasedForaging-v0____mine__1__") and done.stderr == ""
     assert [row["global_step"] for row in rows] == [0, 256]
     check_png(folder / "learning_curve.png")
 
@@ -344,6 +346,51 @@ def test_alone_episodes(alone):
     assert row["charts/num_episodes"] >= 2
     assert 0 <= row["charts/episodic_return"] <= 1 and 0 < row["charts/episodic_length"] <= 100
     assert row["losses/first_ratio"] == pytest.approx(1, abs=1e-4)
+
+
+def test_alone_without_tasks(environ, tmp_path):
+    """Where tasks.py is not beside the script, a scenario is refused in one line."""
+    copy = shutil.copy(MAGPO[0].values[0].__file__, tmp_path / "mine.py")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    alone = {name: value for name, value in environ.items() if name != "PYTHONPATH"}
+    done = run(copy, ["--env-id", "RobotWarehouse-v0", "--scenario", "tiny-2ag"], elsewhere, alone)
+    check_refusal("--scenario", "tiny-2ag", done.returncode, done.stdout, done.stderr, elsewhere)
+    assert "tasks" in done.stderr
+
+
+def test_my_env_on_two_devices(environ, tmp_path):
+    """A module is imported after the CPU is split into devices; its environment has a win rate."""
+    flags = """--env-id examples.my_env:Meet-v0 --num-devices 2 --num-envs 4 --num-steps 16
+               --total-timesteps 64 --num-evals 1 --eval-episodes 2 --embed-dim 4
+               --learner-hidden-dim 4 --update-epochs 1 --guider mat --run-dir out""".split()
+    done = run(MAGPO[0].values[0].__file__, flags, tmp_path, environ)
+    assert done.returncode == 0, done.stderr
+    folder, rows = read_rows(tmp_path / "out")
+    assert len(json.loads((folder / "args.json").read_text())["devices"]) == 2
+    assert [row["global_step"] for row in rows] == [0, 64]
+    assert rows[1].keys() == {"global_step"} | CHARTS | EPISODES | EVAL | WIN_RATE | LOSSES | TIME
+
+
+BROKEN = """
+import jumanji
+
+class Broken(jumanji.environments.Snake):
+    def reset(self, key):
+        raise ValueError("the well is dry")
+
+jumanji.register(id="Broken-v0", entry_point=f"{__name__}:Broken")
+"""
+
+
+def test_error_inside_an_environment(environ, tmp_path):
+    """An error in an environment of the current directory comes with its traceback."""
+    (tmp_path / "my_broken.py").write_text(BROKEN)
+    flags = ["--env-id", "my_broken:Broken-v0"]
+    done = run(MAGPO[0].values[0].__file__, flags, tmp_path, environ)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("Traceback") and "my_broken.py" in done.stderr
+    assert "ValueError: the well is dry\n" in done.stderr and "--env-id" not in done.stderr
 
 
 @pytest.mark.parametrize("script", MAGPO[:1])

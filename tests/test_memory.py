@@ -34,17 +34,29 @@ def random_like(seed, tree):
 
 # -------------------- Retention ---------------------------------------------------------------------------------------
 @for_each_script
-def test_retention_weights(script):
-    """decay ** lag to the steps of the chunk and the end of the one before; 0 ahead and across an episode's start."""
+def test_decays(script):
+    """decay ** lag to the steps of the chunk, and to the end of the one before; 0 ahead and across an
+    episode's start."""
     timestep, decay = random_timesteps(0), np.array([0.5, 0.9])
-    weights = np.asarray(script.retention_weights(timestep, jnp.asarray(decay), 4))
-    assert weights.shape == (NUM_SEQUENCES, 3, 2, 4, 5)
+    within, before = map(np.asarray, script.decays(timestep, jnp.asarray(decay), 4))
+    within = within.reshape(NUM_SEQUENCES, 3, 2, 4, 4)
+    before = before.reshape(NUM_SEQUENCES, 3, 2, 4)
     starts = np.asarray(timestep) == 0
-    for m, k, h, c, column in np.ndindex(weights.shape):
-        t, s = 4 * k + c, 4 * k + column - 1  # s = 4k - 1: the last step of the chunk before
-        visible = s <= t and not starts[m, s + 1 : t + 1].any()
-        np.testing.assert_allclose(weights[m, k, h, c, column], decay[h] ** (t - s) if visible else 0.0)
-    assert 0 < np.mean(weights[..., 0] == 0) < 1
+    for m, k, h, c in np.ndindex(before.shape):
+        t = 4 * k + c
+        for s in range(4 * k - 1, 4 * k + 4):  # the first is the last step of the chunk before
+            found = before[m, k, h, c] if s < 4 * k else within[m, k, h, c, s - 4 * k]
+            visible = s <= t and not starts[m, s + 1 : t + 1].any()
+            np.testing.assert_allclose(found, decay[h] ** (t - s) if visible else 0.0)
+    assert 0 < np.mean(before == 0) < 1
+
+
+@for_each_script
+def test_decays_as_documented(script):
+    """The matrix in the docstring: three steps, of which the second begins an episode."""
+    within, before = script.decays(jnp.array([[4.0, 0.0, 1.0]]), jnp.array([0.5]), 3)
+    np.testing.assert_array_equal(within[0, 0], [[1, 0, 0], [0, 1, 0], [0, 0.5, 1]])
+    np.testing.assert_array_equal(before[0, 0], [0.5, 0, 0])
 
 
 @for_each_script
@@ -66,7 +78,7 @@ def retention_by_definition(retention, params, x, source, causal, timestep, deca
     """The plain quadratic sum over all pairs of tokens of a sequence, and what the hidden state at its start adds."""
     num_agents, (num_sequences, num_steps) = retention.num_agents, timestep.shape
     query, key, value = (np.asarray(y) for y in retention.apply(
-        params, x, source, num_steps * num_agents, method=lambda module, *inputs: tuple(module.heads(*inputs))))
+        params, x, source, num_steps * num_agents, method="qkv"))
     mixed, starts = np.zeros_like(value), np.asarray(timestep) == 0  # (M, H, T * N, E / H)
     for m in range(num_sequences):
         for i in range(num_steps * num_agents):
@@ -93,7 +105,7 @@ def test_three_forms_of_retention(script, causal, num_heads):
     hidden = random_like(3, jnp.zeros((NUM_SEQUENCES, num_heads) + 2 * (WIDTH // num_heads,)))
 
     def past(timestep, position, chunk_steps):
-        return script.Past(position, script.retention_weights(timestep, decay, chunk_steps))
+        return script.Past(position, *script.decays(timestep, decay, chunk_steps))
 
     params = random_params(retention, 4, x, source, causal, past(timestep, position, 4), hidden)
     expected = retention_by_definition(
@@ -141,7 +153,7 @@ def make_problem(script, kind, chunk_steps=4):
     guider_hidden = guider.apply({}, NUM_SEQUENCES, method="init_hidden")
     hidden = random_like(2, script.Hidden(guider_hidden, jnp.zeros((NUM_SEQUENCES, NUM_AGENTS, WIDTH))))
     timestep = random_timesteps(3)
-    params = script.Params(random_params(guider, 4, obs.agents_view, action, timestep, hidden.guider),
+    params = script.Pair(random_params(guider, 4, obs.agents_view, action, timestep, hidden.guider),
                            random_params(learner, 5, obs.agents_view, timestep, hidden.learner))
     return guider, learner, params, obs, action, timestep, hidden
 

@@ -10,7 +10,8 @@ from conftest import random_obs, random_params, scripts_with
 
 NUM_ACTIONS, NUM_FEATURES = 4, 5
 GUIDER_SCRIPTS = scripts_with(
-    "Attention", "Retention", "Block", "Guider", "action_distribution", "guider_act", feed_forward=True, distinct=True)
+    "Attention", "Retention", "EncoderBlock", "DecoderBlock", "mlp", "Guider", "action_distribution", "guider_act",
+    feed_forward=True, distinct=True)
 LEARNER_SCRIPTS = scripts_with("Learner", "action_distribution", "learner_act", feed_forward=True, distinct=True)
 pytestmark = pytest.mark.usefixtures("quick_compile", "double_precision")
 
@@ -29,7 +30,7 @@ def make_learner(script):
     """A learner with random parameters, and its two functions, compiled."""
     learner = script.Learner(NUM_ACTIONS, hidden_dim=8)
     act = jax.jit(functools.partial(script.learner_act, learner), static_argnames="greedy")
-    return jax.jit(learner.apply), act, random_params(learner, 1, jnp.zeros((1, NUM_FEATURES)))
+    return jax.jit(learner.apply), act, random_params(learner, 1, jnp.zeros((1, 1, NUM_FEATURES)))
 
 
 def masked_log_softmax(logits, mask):
