@@ -15,13 +15,14 @@ and, if its episodes can be won, in every timestep, that of a reset included,
     timestep.extras["won"]             () bool, True on the step that ends an episode which is won
 
 A suite is one function from a scenario's name to an environment, and one entry of `SUITES`. The
-names, and what they stand for, are those of Multi-Agent Guided Policy Optimization (arXiv
-2507.18059) and of the benchmarks that it takes them from. D4 and D5 are details of the README.
+function raises ValueError, with what is allowed, on a name that it cannot use; `make` puts the flag
+before it. The names, and what they stand for, are those of Multi-Agent Guided Policy Optimization
+(arXiv 2507.18059) and of the benchmarks it takes them from. D4 and D5 are details of the README.
 """
 
 import functools
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -142,8 +143,8 @@ def make_rware(scenario: str) -> Environment:
 def make_lbf(scenario: str) -> Environment:
     """Foraging of N players for F pieces of food on a board G x G, e.g. 2s-10x10-3p-3f.
 
-    Players see S cells far, or the whole board without the prefix. With -coop every piece of food
-    takes all players.
+    Players see S cells far, or the whole board without the prefix. With -coop no player can take a
+    piece of food alone.
     """
     if scenario == "":
         return jumanji.make("LevelBasedForaging-v0")
@@ -204,22 +205,23 @@ class VectorConnector(Wrapper):
     `render` and `animate` are those of Connector.
     """
 
-    def reset(self, key: jax.Array) -> tuple[NamedTuple, TimeStep]:
+    def reset(self, key: jax.Array) -> tuple[Any, TimeStep]:
+        """Draws a board -> Connector's state, and a timestep with `VectorObservation`."""
         state, timestep = self._env.reset(key)
         return state, self._convert(timestep)
 
-    def step(self, state: NamedTuple, action: jax.Array) -> tuple[NamedTuple, TimeStep]:
-        """action: (N,) int32, of no move, up, right, down, left."""
+    def step(self, state: Any, action: jax.Array) -> tuple[Any, TimeStep]:
+        """Moves the agents; action: (N,) int32, 0 no move, 1 up, 2 right, 3 down, 4 left."""
         state, timestep = self._env.step(state, action)
         return state, self._convert(timestep)
 
     @functools.cached_property
     def observation_spec(self) -> specs.Spec:
+        """Spec of `VectorObservation`."""
         view = specs.BoundedArray((self._env.num_agents, 54), jnp.float32, -1.0, 1.0, "agents_view")
         mask = specs.BoundedArray((self._env.num_agents, 5), bool, False, True, "action_mask")
-        return specs.Spec(
-            VectorObservation, "ObservationSpec", agents_view=view, action_mask=mask
-        )
+        fields = {"agents_view": view, "action_mask": mask}
+        return specs.Spec(VectorObservation, "ObservationSpec", **fields)
 
     def _convert(self, timestep: TimeStep) -> TimeStep:
         """Connector's timestep with the vectors in its observation and `won` in its extras."""
@@ -240,14 +242,10 @@ def connector_view(grid: jax.Array, num_agents: int) -> jax.Array:
     of a connected agent, and a board edge that reads 1 in both windows.
     """
     num_cells = grid.size
-    is_path = (grid > 0) & (grid % 3 == 1)
-    is_head = (grid > 0) & (grid % 3 == 2)
-    is_target = (grid > 0) & (grid % 3 == 0)
+    is_path = grid % 3 == 1
+    is_head = grid % 3 == 2
+    is_target = (grid % 3 == 0) & (grid > 0)
     blockers = is_head.astype(jnp.float32) - is_path
-
-    def window(cells, row, column):
-        padded = jnp.pad(cells, 2, constant_values=1.0)
-        return jax.lax.dynamic_slice(padded, (row, column), (5, 5)).reshape(25)
 
     def view(agent):
         own_head = grid == 3 * agent + 2
@@ -255,9 +253,11 @@ def connector_view(grid: jax.Array, num_agents: int) -> jax.Array:
         head_row, head_column = jnp.unravel_index(jnp.argmax(own_head), grid.shape)
         target_row, target_column = jnp.unravel_index(jnp.argmax(own_target), grid.shape)
         coordinates = jnp.stack([head_row, head_column, target_row, target_column]) / num_cells
-        targets = jnp.where(own_target, 1.0, -is_target.astype(jnp.float32))
-        around_head = [window(cells, head_row, head_column) for cells in (blockers, targets)]
-        return jnp.concatenate([coordinates, *around_head])
+        targets = jnp.where(own_target, 1.0, jnp.where(is_target, -1.0, 0.0))
+        boards = jnp.stack([blockers, targets])  # (2, G, G)
+        padded = jnp.pad(boards, ((0, 0), (2, 2), (2, 2)), constant_values=1.0)
+        windows = jax.lax.dynamic_slice(padded, (0, head_row, head_column), (2, 5, 5))
+        return jnp.concatenate([coordinates, windows.reshape(50)])
 
     return jax.vmap(view)(jnp.arange(num_agents))
 

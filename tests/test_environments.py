@@ -325,7 +325,7 @@ def test_error_inside_an_environment():
     ("", "", "--env-id : unknown"),
     ("Cleaner-v0", "", "--env-id Cleaner-v0: its observation has no agents_view"),
     ("Snake-v1", "", "--env-id Snake-v1: its observation has no agents_view"),
-    ("SearchAndRescue-v0", "", "--env-id SearchAndRescue-v0: its observation has no agents_view and no"),
+    ("SearchAndRescue-v0", "", "--env-id SearchAndRescue-v0: its observation has no agents_view"),
     ("OneAction-v0", "", "--env-id OneAction-v0: needs one discrete action per agent"),
     ("OneMask-v0", "", "--env-id OneMask-v0: needs agents_view (N, ...) and action_mask (N, A)"),
 ])
@@ -362,7 +362,7 @@ def tiny_iteration(script, env):
     guider, learner = script.make_networks(args, env)
     optimizers = script.make_optimizers(args)
     parts = (args, env, guider, learner, optimizers)
-    init = lambda keys: script.init_state(*parts, jax.random.PRNGKey(0), keys)  # noqa: E731
+    init = functools.partial(script.init_state, *parts, jax.random.PRNGKey(0))
     state = jax.eval_shape(jax.vmap(init), jax.random.split(jax.random.PRNGKey(1), 1))
     return jax.vmap(lambda state: script.train_iteration(*parts, state), axis_name="device"), state
 
