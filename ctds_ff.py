@@ -11,11 +11,10 @@ Two policies are trained together, for a team of N agents of which each sees a p
 - the learner pi is decentralized: each agent decides alone, from its own observation,
   pi(a | o) = prod_j pi(a_j | o_j). It follows the guider, and is what gets deployed.
 
-In CTDS the guider is called teacher and the learner student; the names are MAGPO's, so that
-`diff ctds_ff.py magpo_ff.py` shows nothing but the contribution of the paper (arXiv 2507.18059).
-No tether keeps the teacher where the student can follow: where its strategy cannot be decomposed,
-the student fails. The teacher alone is the CTCE baseline (Sable or MAT). An iteration has three
-steps:
+Here the guider is the teacher and the learner the student. Nothing keeps the teacher where the
+student can follow: where its strategy cannot be decomposed, the student fails. The teacher alone is
+the CTCE baseline (Sable or MAT). `diff ctds_ff.py magpo_ff.py` shows MAGPO's contribution (arXiv
+2507.18059). An iteration has three steps:
 
     1. collect    the guider plays a rollout                           `collect`
     2. improve    the guider by PPO                                    `guider_loss`
@@ -213,9 +212,10 @@ def import_module_of(env_id: str) -> str:
     """Imports the module of `module:Id-v0`, which registers the id, like Gymnasium -> `Id-v0`."""
     import jumanji
 
-    module, _, name = env_id.rpartition(":")
-    if not module:
+    match = re.fullmatch(r"(\w+(?:\.\w+)*):(.+)", env_id)
+    if match is None:
         return env_id
+    module, name = match.groups()
     sys.path.append(os.getcwd())
     try:
         importlib.import_module(module)
@@ -261,7 +261,7 @@ def make_env(env_id: str, scenario: str) -> TeamEnv:
 
     # What the environment gives counts, not its observation_spec, which nothing here needs.
     observation = first_observation(env)
-    missing = [field for field in ("action_mask", "agents_view") if not hasattr(observation, field)]
+    missing = [field for field in ("agents_view", "action_mask") if not hasattr(observation, field)]
     if missing:
         raise FlagError(f"--env-id {env_id}: its observation has no {' and no '.join(missing)}")
     view_shape = observation.agents_view.shape
@@ -555,13 +555,12 @@ class Learner(nn.Module):
 
     @nn.compact
     def __call__(self, agents_view: jax.Array) -> jax.Array:
-        """agents_view (M, N, O) -> logits (M, N, A)."""
-        num_agents = agents_view.shape[-2]
-        x = rearrange(agents_view, "m n o -> (m n) o")
+        """agents_view (..., O) -> logits (..., A)."""
+        x = rearrange(agents_view, "... o -> (...) o")
         x = nn.relu(nn.Dense(self.hidden_dim, kernel_init=orthogonal(math.sqrt(2)))(x))
         x = nn.relu(nn.Dense(self.hidden_dim, kernel_init=orthogonal(math.sqrt(2)))(x))
         logits = nn.Dense(self.num_actions, kernel_init=orthogonal(0.01))(x)
-        return rearrange(logits, "(m n) a -> m n a", n=num_agents)
+        return logits.reshape(*agents_view.shape[:-1], self.num_actions)
 
 
 # -------------------- Policies --------------------------------------------------------------------
@@ -702,7 +701,7 @@ def normalise(x: jax.Array) -> jax.Array:
     return (x - mean) / (jnp.sqrt(variance) + 1e-8)
 
 
-# -------------------- One iteration: the three steps ----------------------------------------------
+# -------------------- One iteration ---------------------------------------------------------------
 def replace_ended(last: jax.Array, fresh: Any, current: Any) -> Any:
     """The fresh start where an episode ended, elsewhere what is: last (B,), trees (B, ...)."""
 

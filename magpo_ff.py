@@ -220,9 +220,10 @@ def import_module_of(env_id: str) -> str:
     """Imports the module of `module:Id-v0`, which registers the id, like Gymnasium -> `Id-v0`."""
     import jumanji
 
-    module, _, name = env_id.rpartition(":")
-    if not module:
+    match = re.fullmatch(r"(\w+(?:\.\w+)*):(.+)", env_id)
+    if match is None:
         return env_id
+    module, name = match.groups()
     sys.path.append(os.getcwd())
     try:
         importlib.import_module(module)
@@ -268,7 +269,7 @@ def make_env(env_id: str, scenario: str) -> TeamEnv:
 
     # What the environment gives counts, not its observation_spec, which nothing here needs.
     observation = first_observation(env)
-    missing = [field for field in ("action_mask", "agents_view") if not hasattr(observation, field)]
+    missing = [field for field in ("agents_view", "action_mask") if not hasattr(observation, field)]
     if missing:
         raise FlagError(f"--env-id {env_id}: its observation has no {' and no '.join(missing)}")
     view_shape = observation.agents_view.shape
@@ -562,13 +563,12 @@ class Learner(nn.Module):
 
     @nn.compact
     def __call__(self, agents_view: jax.Array) -> jax.Array:
-        """agents_view (M, N, O) -> logits (M, N, A)."""
-        num_agents = agents_view.shape[-2]
-        x = rearrange(agents_view, "m n o -> (m n) o")
+        """agents_view (..., O) -> logits (..., A)."""
+        x = rearrange(agents_view, "... o -> (...) o")
         x = nn.relu(nn.Dense(self.hidden_dim, kernel_init=orthogonal(math.sqrt(2)))(x))
         x = nn.relu(nn.Dense(self.hidden_dim, kernel_init=orthogonal(math.sqrt(2)))(x))
         logits = nn.Dense(self.num_actions, kernel_init=orthogonal(0.01))(x)
-        return rearrange(logits, "(m n) a -> m n a", n=num_agents)
+        return logits.reshape(*agents_view.shape[:-1], self.num_actions)
 
 
 # -------------------- Policies --------------------------------------------------------------------
@@ -720,9 +720,9 @@ def learner_loss(guider_policy, learner_policy, ratio, advantage, clip_coef):
 
     guider_policy: as it is now, without gradient.
     ratio: pi / mu_old. The advantage is the guider's, who collected the data; the tether keeps pi
-    near enough to mu for it to serve both. Theorem 4.1 projects by KL(pi || mu), which picks one
-    solution. The code, as the official one, minimises KL(mu || pi), which averages solutions and
-    leaves it to the tether to part them (tests/test_theory.py), so improvement is not guaranteed.
+    near enough for it to serve both. Theorem 4.1 minimises KL(pi || mu), which picks one solution;
+    the code, as the official one, KL(mu || pi), which averages solutions and leaves it to the
+    tether to part them (tests/test_theory.py). So improvement is not guaranteed.
     """
     kl = jnp.mean(guider_policy.kl_divergence(learner_policy))
     clipped_ratio = jnp.clip(ratio, 1 - clip_coef, 1 + clip_coef)
@@ -731,10 +731,7 @@ def learner_loss(guider_policy, learner_policy, ratio, advantage, clip_coef):
 
 
 def backtrack_loss(guider_policy, learner_policy, mask):
-    """KL(mu || pi) where the mask is on, as a mean over all samples and agents (Eq. 9).
-
-    learner_policy: without gradient. The same KL as the learner's, but it moves the guider.
-    """
+    """KL(mu || pi) where the mask is on, as a mean over all samples (Eq. 9); it moves mu alone."""
     return jnp.mean(mask * guider_policy.kl_divergence(learner_policy))
 
 
@@ -745,7 +742,7 @@ def normalise(x: jax.Array) -> jax.Array:
     return (x - mean) / (jnp.sqrt(variance) + 1e-8)
 
 
-# -------------------- One iteration: the four steps -----------------------------------------------
+# -------------------- One iteration ---------------------------------------------------------------
 def replace_ended(last: jax.Array, fresh: Any, current: Any) -> Any:
     """The fresh start where an episode ended, elsewhere what is: last (B,), trees (B, ...)."""
 
@@ -802,9 +799,9 @@ def collect(
 def minibatch_loss(params: Pair, args: Args, guider: Guider, learner: Learner, mb: Minibatch):
     """Steps 2 to 4 on one minibatch -> total loss, dict of its parts.
 
-    Per sample and agent, for the action taken, with r = mu / mu_old and rho = pi / mu_old:
+    Per sample and agent, for the action taken, with r = mu / mu_old:
     Eq. 9   mean[-min(r A, double_clip A)] + mean[mask KL(mu || pi)] - ent_coef H + vf_coef L_value
-    Eq. 10  mean[KL(mu || pi)] + lambda mean[-min(rho A, clip(rho, 1 - eps, 1 + eps) A)]
+    Eq. 10  mean[KL(mu || pi)] + lambda mean[-min(rho A, clip(rho) A)] with rho = pi / mu_old
     D10: one forward pass of each network serves all terms. The first line moves the guider alone,
     the second the learner, because each reads the other's policy through a stop_gradient.
     """
