@@ -38,12 +38,15 @@ import dataclasses
 import functools
 import importlib
 import importlib.metadata
+import io
 import json
 import math
 import os
 import re
+import signal
 import sys
 import time
+import zipfile
 from typing import Any, Callable, Literal, NamedTuple, Optional, Tuple
 
 import distrax
@@ -52,9 +55,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import safetensors.numpy
 import tyro
 from einops import rearrange, repeat
 from flax.linen.initializers import normal, orthogonal
+from flax.traverse_util import flatten_dict
+from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 
@@ -66,6 +72,10 @@ class Args:  # tyro shows the comment behind a flag as its help; [in brackets]: 
     seed: int = 1  # seed of parameters, environments, actions and minibatches
     run_dir: str = "runs"  # folder in which the run's own folder is made
     num_devices: int = 0  # devices to train on; 0: every GPU or TPU there is, or one CPU device
+    distributed: bool = False  # this process is one of several, on one host or many; see README
+    save: bool = True  # at every evaluation save the run, to resume it, and both networks
+    resume: str = ""  # go on with the run in this folder, with its own flags
+    cache: bool = True  # keep compiled programs in RUN_DIR/.jax_cache, for later runs
     dry_run: bool = False  # check all flags, trace one step, print what would run, and stop
     track: bool = False  # log to Weights & Biases too (WANDB_MODE=offline needs no account)
     wandb_project_name: str = "magpo"  # Weights & Biases project
@@ -140,17 +150,52 @@ def check_args(args: Args) -> None:
     require(args.total_timesteps >= steps, "total_timesteps", rule)
 
 
+def start_jax(args: Args) -> None:
+    """Sets JAX up before its first use: processes, CPU devices.
+
+    Raises FlagError if the processes do not find each other.
+    """
+    num_processes = 1
+    if args.distributed:
+        settings = {}  # JAX finds SLURM, Open MPI, Kubernetes and TPU pods by itself
+        if "JAX_NUM_PROCESSES" in os.environ:
+            num_processes = int(os.environ["JAX_NUM_PROCESSES"])
+            settings["num_processes"] = num_processes
+            settings["process_id"] = int(os.environ["JAX_PROCESS_ID"])
+        try:
+            jax.distributed.initialize(
+                **settings, heartbeat_timeout_seconds=30, shutdown_timeout_seconds=30)
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise FlagError(f"--distributed: {str(error).splitlines()[0]}") from error
+    if args.num_devices > num_processes:
+        # XLA splits the CPU into devices only if told so before its first use. One thread for each
+        # is faster than every operation split over all cores (benchmark/speed.py).
+        jax.config.update("jax_num_cpu_devices", args.num_devices // num_processes)
+        one_thread = " --xla_cpu_multi_thread_eigen=false"
+        os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + one_thread
+
+
+def use_cache(args: Args) -> None:
+    """Keeps compiled programs beside the runs, unless the user has chosen a place for them."""
+    if args.cache and not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", os.path.join(args.run_dir, ".jax_cache"))
+        # With a limit to its size JAX locks the folder, so that several runs may share it.
+        jax.config.update("jax_compilation_cache_max_size", 2**30)
+
+
 def choose_devices(args: Args) -> list:
     """Returns the devices to train on, and sets args.num_devices if that is 0.
 
     Raises FlagError if there are too few devices or the work cannot be shared out evenly.
     """
+    number = jax.device_count()
     if args.num_devices == 0:
-        on_cpu = jax.default_backend() == "cpu"
-        args.num_devices = 1 if on_cpu else jax.local_device_count()
-    if args.num_devices > jax.local_device_count():
-        number = jax.local_device_count()
+        one_cpu = jax.default_backend() == "cpu" and jax.process_count() == 1
+        args.num_devices = 1 if one_cpu else number
+    if args.num_devices > number:
         raise FlagError(f"--num-devices {args.num_devices}: there are only {number}")
+    if args.distributed and args.num_devices != number:
+        raise FlagError(f"--num-devices {args.num_devices}: all processes together have {number}")
     rule = f"must be divisible by --num-devices {args.num_devices}"
     if args.num_envs % args.num_devices != 0:
         raise FlagError(f"--num-envs {args.num_envs}: {rule}")
@@ -161,7 +206,7 @@ def choose_devices(args: Args) -> list:
         rule = f"must divide the {batch_size} environments on each device"
         rule += " (--num-envs / --num-devices), for sequences stay whole"
         raise FlagError(f"--num-minibatches {args.num_minibatches}: {rule}")
-    return jax.local_devices()[: args.num_devices]
+    return jax.devices()[: args.num_devices]
 
 
 # -------------------- Environment -----------------------------------------------------------------
@@ -1279,11 +1324,165 @@ def init_state(
     return TrainState(params, opt_state, env_state, obs, hidden, zeros, zeros, key)
 
 
+# -------------------- Saving and resuming ---------------------------------------------------------
+CHECKPOINT_FORMAT = 1
+MAY_CHANGE = (  # flags that may differ from those of the run that --resume goes on with
+    "total_timesteps", "num_evals", "eval_episodes", "eval_greedy", "save", "cache", "dry_run",
+    "track", "wandb_project_name", "wandb_entity", "resume", "distributed")
+
+
+class RunError(Exception):
+    """Training cannot go on; its text is the one line that the user sees."""
+
+
+@dataclasses.dataclass
+class Progress:
+    """How far a run has come; a checkpoint holds it beside the state."""
+
+    iteration: int = 0  # iterations done
+    last_eval: int = -1  # the iteration after which the last evaluation was; -1: none yet
+    best_return: float = -math.inf  # of the learner, in any evaluation
+    interval_seconds: float = 0.0  # of training since the last evaluation
+    compile_seconds: float = 0.0
+    train_seconds: float = 0.0
+    eval_seconds: float = 0.0
+    metrics_bytes: int = 0  # length of metrics.jsonl, on the process that logs
+
+
+class StopSignal:
+    """Notes Ctrl-C or SIGTERM, so that training ends in good order; the next one ends at once."""
+
+    def __init__(self):
+        self.number = 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) != signal.SIG_IGN:  # as a background job ignores Ctrl-C
+                signal.signal(number, self.note)
+
+    def note(self, number: int, frame: Any) -> None:
+        self.number = number
+        signal.signal(number, signal.SIG_DFL)
+
+    def is_set(self) -> bool:
+        """Whether any process was told to stop; on several hosts all must ask at the same time."""
+        if jax.process_count() > 1:
+            self.number = int(np.max(multihost_utils.process_allgather(np.array(self.number))))
+        return self.number != 0
+
+
+def write_whole(path: str, data: bytes) -> None:
+    """Writes a file so that at any moment the old or the new one is there, whole, or RunError."""
+    try:
+        with open(path + ".new", "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(path + ".new", path)
+    except OSError as error:
+        raise RunError(f"cannot write {path}: {error.strerror}") from error
+
+
+def save_networks(folder: str, prefix: str, params: Pair) -> None:
+    """Writes learner.safetensors and guider.safetensors, of parameters (D, ...), with a prefix.
+
+    Arrays have flat names such as params,Dense_0,kernel (JaxMARL's convention), and can be read
+    without JAX.
+    """
+    for network, tree in params._asdict().items():
+        flat = flatten_dict(tree, sep=",")
+        arrays = {name: np.ascontiguousarray(np.asarray(x)[0]) for name, x in flat.items()}
+        path = os.path.join(folder, f"{prefix}{network}.safetensors")
+        write_whole(path, safetensors.numpy.save(arrays))
+
+
+def find_checkpoints(folder: str) -> dict:
+    """The checkpoints of this process, {iterations done: path}."""
+    found = {}
+    for name in os.listdir(folder):
+        match = re.fullmatch(rf"checkpoint_(\d+)_{jax.process_index()}\.npz", name)
+        if match:
+            found[int(match[1])] = os.path.join(folder, name)
+    return found
+
+
+def save_checkpoint(folder: str, tree: Any, progress: Progress) -> None:
+    """Writes a tree of arrays and the progress as a zip of arrays, each with its checksum.
+
+    Earlier checkpoints are removed once the new one is whole, on several hosts that of every host.
+    """
+    about = {"format": CHECKPOINT_FORMAT, "progress": dataclasses.asdict(progress)}
+    file = io.BytesIO()
+    np.savez(file, *jax.tree.leaves(tree), about=json.dumps(about))
+    path = os.path.join(folder, f"checkpoint_{progress.iteration}_{jax.process_index()}.npz")
+    write_whole(path, file.getvalue())
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("every process has saved")
+    for earlier in set(find_checkpoints(folder).values()) - {path}:
+        os.remove(earlier)
+
+
+def load_checkpoint(folder: str, like: Any) -> Tuple[Any, Progress]:
+    """Reads a tree of the structure, shapes and types of `like`, and the progress.
+
+    Raises FlagError if the newest checkpoint is missing, damaged, newer, or does not fit.
+    """
+    paths = find_checkpoints(folder)
+    newest = max(paths, default=-1)
+    if jax.process_count() > 1:
+        newest = int(np.min(multihost_utils.process_allgather(np.array(newest))))
+    if newest not in paths:
+        why = "it was made with --no-save, or stopped before its first evaluation"
+        raise FlagError(f"--resume {folder}: has no checkpoint: {why}")
+    shapes, structure = jax.tree.flatten(like)
+    try:
+        with np.load(paths[newest]) as file:
+            about = json.loads(str(file["about"]))
+            if about["format"] > CHECKPOINT_FORMAT:
+                raise ValueError("a newer version of this script wrote it")
+            leaves = [file[f"arr_{i}"] for i in range(len(shapes))]
+        for x, y in zip(leaves, shapes):
+            if (x.shape, x.dtype) != (y.shape, y.dtype):
+                raise ValueError(f"it has {x.dtype} {x.shape} in place of {y.dtype} {y.shape}")
+        return jax.tree.unflatten(structure, leaves), Progress(**about["progress"])
+    except (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
+        raise FlagError(f"--resume: cannot use {paths[newest]}: {error}") from error
+
+
+def parse_args() -> Args:
+    """Reads the flags; with --resume those of the run are the defaults, and few may differ.
+
+    Raises FlagError on a folder that is no run of this script, or another value of a flag.
+    """
+    args = tyro.cli(Args)
+    if not args.resume:
+        return args
+    try:
+        with open(os.path.join(args.resume, "args.json")) as file:
+            about = json.load(file)
+        script = about["script"]
+        saved = about["args"]
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise FlagError(f"--resume {args.resume}: is no run's folder: {error}") from error
+    if script != os.path.basename(__file__):
+        raise FlagError(f"--resume {args.resume}: is a run of {script}")
+    unknown = saved.keys() - {field.name for field in dataclasses.fields(Args)}
+    if unknown:
+        raise FlagError(f"--resume {args.resume}: has a flag that is unknown here: {min(unknown)}")
+    of_the_run = Args(**saved | {"resume": args.resume, "dry_run": False})
+    args = tyro.cli(Args, default=of_the_run)
+    for name, value in dataclasses.asdict(of_the_run).items():
+        if name not in MAY_CHANGE and getattr(args, name) != value:
+            flag = f"--{name.replace('_', '-')}"
+            allowed = ", ".join(name.replace("_", "-") for name in MAY_CHANGE)
+            rule = f"the run has {value}, and only these may change: {allowed}"
+            raise FlagError(f"{flag} {getattr(args, name)}: {rule}")
+    return args
+
+
 # -------------------- Logging ---------------------------------------------------------------------
 def train_row(args: Args, metrics: dict, iteration: int, interval: int) -> dict:
     """Metrics summed over `interval` iterations that began after `iteration` -> values to log.
 
-    Raises FloatingPointError, with the term and the iteration, on a loss that is not finite. Such
+    Raises RunError, with the term and the iteration, on a loss that is not finite. Such
     a loss is taken to stay so, which dates it by the number of updates before.
     """
     num_updates = args.update_epochs * args.num_minibatches
@@ -1291,7 +1490,7 @@ def train_row(args: Args, metrics: dict, iteration: int, interval: int) -> dict:
     worst = min(num_finite, key=num_finite.get)
     if num_finite[worst] < interval * num_updates:
         failed = iteration + int(num_finite[worst]) // num_updates + 1
-        raise FloatingPointError(f"losses/{worst} is not finite in iteration {failed}")
+        raise RunError(f"losses/{worst} is not finite in iteration {failed}")
     row = {f"losses/{name}": total / interval for name, total in metrics["losses"].items()}
     row["charts/learning_rate"] = learning_rate(args, iteration + interval - 1)
     episodes = metrics["episodes"]
@@ -1305,12 +1504,12 @@ def train_row(args: Args, metrics: dict, iteration: int, interval: int) -> dict:
 def eval_row(learner_episodes: Episodes, guider_episodes: Episodes, has_win_rate: bool) -> dict:
     """The evaluation's episodes -> values to log.
 
-    Raises TimeoutError if an episode has not ended.
+    Raises RunError if an episode has not ended.
     """
     ended = np.concatenate([learner_episodes.ended, guider_episodes.ended], axis=None)
     if not np.all(ended):
         endless = f"{np.sum(ended == 0)} of {ended.size} episodes have not ended"
-        raise TimeoutError(f"evaluation: {endless} after {MAX_EPISODE_STEPS} steps")
+        raise RunError(f"evaluation: {endless} after {MAX_EPISODE_STEPS} steps")
     row = {"eval/learner_return": np.mean(learner_episodes.returns)}
     row["eval/learner_return_std"] = np.std(learner_episodes.returns)
     row["eval/guider_return"] = np.mean(guider_episodes.returns)
@@ -1321,8 +1520,8 @@ def eval_row(learner_episodes: Episodes, guider_episodes: Episodes, has_win_rate
     return row
 
 
-def plot_learning_curve(rows: list, title: str, path: str) -> None:
-    """Draws the returns of guider and learner over environment steps as a PNG."""
+def plot_learning_curve(rows: list, title: str) -> bytes:
+    """Draws the returns of guider and learner over environment steps -> a PNG."""
     from matplotlib.figure import Figure  # not pyplot, which would look for a display
 
     fig = Figure(figsize=(7, 4.2), layout="constrained")
@@ -1335,74 +1534,159 @@ def plot_learning_curve(rows: list, title: str, path: str) -> None:
     ax.plot(steps, learner_return, "-", label="learner, decentralized")
     ax.grid(alpha=0.3)
     ax.legend()
-    fig.savefig(path, dpi=150)
+    file = io.BytesIO()
+    fig.savefig(file, dpi=150)
+    return file.getvalue()
 
 
 class Logger:
-    """metrics.jsonl, Weights & Biases and the terminal, with the same keys everywhere."""
+    """The run's folder, metrics.jsonl, Weights & Biases and the terminal; the same keys everywhere.
+
+    Of several processes the first alone logs.
+    """
 
     def __init__(self, args: Args):
-        scenario = re.sub(r"[^\w.=-]", "_", args.scenario)
-        env_id = re.sub(r"[^\w.=-]", "_", args.env_id)
-        self.name = f"{env_id}__{scenario}__{args.exp_name}__{args.seed}__{int(time.time())}"
-        self.folder = os.path.join(args.run_dir, self.name)
+        """Makes the folder; with --resume nothing is changed before `go_on`."""
+        self.args = args
+        self.is_main = jax.process_index() == 0
+        self.rows = []
+        self.wandb = None
+        self.returns = ""
+        self.next_line = time.time() + 60
+        if args.resume:
+            self.folder = os.path.normpath(args.resume)
+        else:
+            self.folder = os.path.join(args.run_dir, self.new_name())
+            self.make_folder()
+        self.metrics_file = os.path.join(self.folder, "metrics.jsonl")
+        quiet = not (self.is_main and sys.stderr.isatty())
+        self.bar = tqdm(total=args.total_timesteps, unit="step", unit_scale=True, disable=quiet)
+        self.bar.set_postfix_str("compiling")
+        if self.is_main and not args.resume:
+            self.open(wandb_id=None)
+
+    def new_name(self) -> str:
+        scenario = re.sub(r"[^\w.=-]", "_", self.args.scenario)
+        env_id = re.sub(r"[^\w.=-]", "_", self.args.env_id)
+        now = int(time.time())
+        if jax.process_count() > 1:
+            now = int(multihost_utils.broadcast_one_to_all(np.array(now)))
+        return f"{env_id}__{scenario}__{self.args.exp_name}__{self.args.seed}__{now}"
+
+    def make_folder(self) -> None:
         try:
-            os.makedirs(self.folder)
+            os.makedirs(self.folder, exist_ok=jax.process_count() > 1)
         except OSError as error:
             reason = f"cannot make {self.folder}: {error.strerror}"
-            raise FlagError(f"--run-dir {args.run_dir}: {reason}") from error
+            raise FlagError(f"--run-dir {self.args.run_dir}: {reason}") from error
+
+    def open(self, wandb_id: Optional[str]) -> None:
+        """Writes args.json, and begins tracking or goes on with it."""
         packages = ("jax", "flax", "optax", "distrax", "jumanji", "numpy")
-        devices = jax.local_devices()[: args.num_devices]
+        devices = jax.devices()[: self.args.num_devices]
         about = {
-            "args": dataclasses.asdict(args),
+            "script": os.path.basename(__file__),
+            "args": dataclasses.asdict(self.args),
             "command": " ".join(sys.argv),
             "versions": {name: importlib.metadata.version(name) for name in packages},
             "devices": [device.device_kind for device in devices],
+            "wandb_id": wandb_id,
         }
-        with open(os.path.join(self.folder, "args.json"), "w") as file:
-            json.dump(about, file, indent=2)
-        self.rows = []
-        self.file = open(os.path.join(self.folder, "metrics.jsonl"), "w")
-        self.wandb = None
-        if args.track:
+        if self.args.track:
             import wandb
 
             self.wandb = wandb.init(
-                project=args.wandb_project_name, entity=args.wandb_entity, name=self.name,
-                config=about, save_code=True, dir=self.folder)
-        quiet = not sys.stderr.isatty()
-        self.bar = tqdm(total=args.total_timesteps, unit="step", unit_scale=True, disable=quiet)
-        self.bar.set_postfix_str("compiling")
+                project=self.args.wandb_project_name, entity=self.args.wandb_entity, config=about,
+                name=os.path.basename(self.folder), id=wandb_id, resume="allow", save_code=True,
+                dir=self.folder)
+            about["wandb_id"] = self.wandb.id
+        about_file = os.path.join(self.folder, "args.json")
+        write_whole(about_file, json.dumps(about, indent=2).encode())
+
+    def go_on(self, progress: Progress) -> None:
+        """After --resume: cuts off the rows that followed the checkpoint, for they come again."""
+        if not self.is_main:
+            return
+        with open(os.path.join(self.folder, "args.json")) as file:
+            wandb_id = json.load(file)["wandb_id"]
+        try:
+            with open(self.metrics_file, "rb+") as file:
+                text = file.read(progress.metrics_bytes)
+                if len(text) < progress.metrics_bytes:
+                    missing = progress.metrics_bytes - len(text)
+                    raise FlagError(f"--resume: {self.metrics_file} lacks {missing} bytes")
+                file.truncate()
+        except OSError as error:
+            raise FlagError(f"--resume: {self.metrics_file}: {error.strerror}") from error
+        self.rows = [json.loads(line) for line in text.splitlines()]
+        self.open(wandb_id)
 
     def log(self, row: dict) -> None:
+        """Adds an evaluation's row, everywhere under the same keys."""
+        if not self.is_main:
+            return
         row = {name: float(x) for name, x in row.items()}
         row["global_step"] = int(row["global_step"])
         self.rows.append(row)
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
+        try:
+            with open(self.metrics_file, "a") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise RunError(f"cannot write {self.metrics_file}: {error.strerror}") from error
         if self.wandb:
             self.wandb.log(row, step=row["global_step"])
-        returns = f"learner {row['eval/learner_return']:.2f}"
-        returns += f"  guider {row['eval/guider_return']:.2f}"
-        self.bar.set_postfix_str(returns)
+        self.returns = f"learner {row['eval/learner_return']:.2f}"
+        self.returns += f"  guider {row['eval/guider_return']:.2f}"
+        self.bar.set_postfix_str(self.returns)
         if self.bar.disable:
             speed = f"SPS {row.get('charts/SPS', 0):.0f}"
-            print(f"global_step={row['global_step']}  {returns}  {speed}", flush=True)
+            print(f"global_step={row['global_step']}  {self.returns}  {speed}", flush=True)
+            self.next_line = time.time() + 60
+
+    def update(self, num_steps: int, global_step: int, episodes: dict, speed: float) -> None:
+        """Shows that num_steps more are done: in the bar, or as a line once a minute.
+
+        episodes: sums over those that ended since the last evaluation; speed: steps per second.
+        """
+        self.bar.update(num_steps)
+        if not self.is_main or (self.bar.disable and time.time() < self.next_line):
+            return
+        collecting = "no episode has ended"
+        if episodes["number"][0] > 0:
+            mean = float(episodes["return"][0] / episodes["number"][0])
+            collecting = f"collecting {mean:.2f}"
+        self.bar.set_postfix_str(f"{self.returns}  {collecting}")
+        if self.bar.disable:
+            minutes = (self.args.total_timesteps - global_step) / speed / 60
+            left = f"SPS {speed:.0f}  {minutes:.0f} min left"
+            print(f"global_step={global_step}  {collecting}  {left}", flush=True)
+            self.next_line = time.time() + 60
 
     def close(self) -> None:
         self.bar.close()
-        self.file.close()
-        if self.rows:
-            path = os.path.join(self.folder, "learning_curve.png")
-            plot_learning_curve(self.rows, self.name.rsplit("__", 1)[0], path)
         if self.wandb:
             self.wandb.finish()
-        print(f"metrics and learning curve: {self.folder}")
+        if self.rows:
+            path = os.path.join(self.folder, "learning_curve.png")
+            title = os.path.basename(self.folder).rsplit("__", 1)[0]
+            write_whole(path, plot_learning_curve(self.rows, title))
+            print(f"metrics and learning curve: {self.folder}")
 
 
 # -------------------- Training --------------------------------------------------------------------
-def train(args: Args, env: TeamEnv, devices: list, logger: Logger) -> None:
-    """Compiles, then alternates intervals of training with evaluation, and logs."""
+def compile_ahead(function: Callable, *inputs: Any, options: Optional[dict] = None) -> Callable:
+    """Compiles a pmapped function; on several hosts that has to wait for its first call."""
+    if jax.process_count() > 1:
+        return function
+    return function.lower(*inputs).compile(options)
+
+
+def train(args: Args, env: TeamEnv, devices: list, logger: Logger, stop: StopSignal) -> None:
+    """Compiles, then alternates intervals of training with evaluation, logs and saves.
+
+    Returns early, having saved, if told to stop. Raises FlagError if it cannot resume, RunError if
+    it cannot go on.
+    """
     guider, learner = make_networks(args, env)
     optimizers = make_optimizers(args)
     steps_per_iteration = args.num_envs * args.num_steps
@@ -1410,70 +1694,113 @@ def train(args: Args, env: TeamEnv, devices: list, logger: Logger) -> None:
     evals = range(1, args.num_evals + 1)
     eval_iterations = {math.ceil(num_iterations * i / args.num_evals) for i in evals}
 
-    # Compilation. Every leaf of state, keys and metrics is (D, ...).
-    start = time.time()
-    key, params_key, eval_key = jax.random.split(jax.random.PRNGKey(args.seed), 3)
-    keys = jax.random.split(key, args.num_devices)
+    def own_keys(key: jax.Array) -> jax.Array:
+        """A key for each device; of those of all processes the ones of this process."""
+        share = args.num_devices // jax.process_count()
+        first = jax.process_index() * share
+        return jax.random.split(key, args.num_devices)[first : first + share]
+
     init = functools.partial(init_state, args, env, guider, learner, optimizers)
-    init = jax.pmap(init, in_axes=(None, 0), devices=devices).lower(params_key, keys)
-    init = init.compile({"xla_backend_optimization_level": 0})  # it runs once, so compile fast
-    state = init(params_key, keys)
+    init = jax.pmap(init, in_axes=(None, 0), devices=devices)
     iterate = functools.partial(train_iteration, args, env, guider, learner, optimizers)
     iterate = jax.pmap(iterate, axis_name="device", devices=devices, donate_argnums=0)
-    iterate = iterate.lower(state).compile()
-    play_both = functools.partial(evaluate, args, env, guider, learner)
-    play_both = jax.pmap(play_both, devices=devices)
-    play_both = play_both.lower(state.params, keys).compile()
+
+    def evaluate_all(params: Pair, key: jax.Array) -> Tuple[Episodes, Episodes]:
+        """The episodes of all devices, (D, eval_episodes / D), on each of them."""
+        return jax.lax.all_gather(evaluate(args, env, guider, learner, params, key), "device")
+
+    play_both = jax.pmap(evaluate_all, axis_name="device", devices=devices)
     add = jax.jit(functools.partial(jax.tree.map, jnp.add))
-    compile_seconds = time.time() - start
-    train_seconds = 0.0
-    eval_seconds = 0.0
+
+    # The state and the metrics summed since the last evaluation; every leaf is (D, ...).
+    start = time.time()
+    key, params_key, eval_key = jax.random.split(jax.random.PRNGKey(args.seed), 3)
+    keys = own_keys(key)
+    state = jax.eval_shape(init, params_key, keys)
+    _, sums = jax.eval_shape(iterate, state)
+    if args.resume:
+        (state, sums), progress = load_checkpoint(logger.folder, (state, sums))
+        logger.go_on(progress)
+    else:
+        fast = {"xla_backend_optimization_level": 0}  # for a program that runs once
+        state = compile_ahead(init, params_key, keys, options=fast)(params_key, keys)
+        sums = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), sums)
+        progress = Progress()
+    iterate = compile_ahead(iterate, state)
+    play_both = compile_ahead(play_both, state.params, keys)
+    progress.compile_seconds += time.time() - start
     logger.bar.reset(num_iterations * steps_per_iteration)  # the time left is reckoned from here
+    logger.bar.initial = progress.iteration * steps_per_iteration
+    logger.bar.update(logger.bar.initial)
 
-    iteration = 0
+    def save() -> None:
+        if logger.is_main:
+            progress.metrics_bytes = os.path.getsize(logger.metrics_file)
+        save_checkpoint(logger.folder, (state, sums), progress)
+
     for interval_end in [0] + sorted(eval_iterations):
-        row = {"global_step": interval_end * steps_per_iteration}
-        interval = interval_end - iteration
-        metrics = None
-        start = time.time()
-        for _ in range(interval):
-            state, new_metrics = iterate(state)
-            metrics = new_metrics if metrics is None else add(metrics, new_metrics)
-            jax.block_until_ready(metrics)  # the bar tells the truth, and Ctrl-C works at once
-            logger.bar.update(steps_per_iteration)
-        if interval > 0:
+        if interval_end <= progress.last_eval or interval_end < progress.iteration:
+            continue
+        while progress.iteration < interval_end and not stop.is_set():
+            start = time.time()
+            state, metrics = iterate(state)
+            sums = add(sums, metrics)
+            jax.block_until_ready(sums)  # so that the clock and the progress bar tell the truth
             seconds = time.time() - start
-            train_seconds += seconds
-            metrics = jax.tree.map(lambda x: np.asarray(x)[0], metrics)
-            row |= train_row(args, metrics, iteration, interval)
-            row["charts/SPS"] = interval * steps_per_iteration / seconds
+            progress.iteration += 1
+            progress.interval_seconds += seconds
+            global_step = progress.iteration * steps_per_iteration
+            speed = steps_per_iteration / seconds
+            logger.update(steps_per_iteration, global_step, sums["episodes"], speed)
+        if stop.is_set():
+            break
+
+        row = {"global_step": interval_end * steps_per_iteration}
+        interval_start = max(progress.last_eval, 0)
+        interval = interval_end - interval_start
+        if interval > 0:
+            metrics = jax.tree.map(lambda x: np.asarray(x)[0], sums)
+            row |= train_row(args, metrics, interval_start, interval)
+            row["charts/SPS"] = interval * steps_per_iteration / progress.interval_seconds
 
         start = time.time()
-        interval_key = jax.random.fold_in(eval_key, interval_end)
-        eval_keys = jax.random.split(interval_key, args.num_devices)
-        episodes = jax.tree.map(np.asarray, play_both(state.params, eval_keys))
-        eval_seconds += time.time() - start
+        eval_keys = own_keys(jax.random.fold_in(eval_key, interval_end))
+        episodes = play_both(state.params, eval_keys)
+        episodes = jax.tree.map(lambda x: np.asarray(x)[0], episodes)  # (D, eval_episodes / D)
         row |= eval_row(*episodes, env.has_win_rate)
-        row["time/compile_s"] = compile_seconds
-        row["time/train_s"] = train_seconds
-        row["time/eval_s"] = eval_seconds
+        progress.eval_seconds += time.time() - start
+        progress.train_seconds += progress.interval_seconds
+        row["time/compile_s"] = progress.compile_seconds
+        row["time/train_s"] = progress.train_seconds
+        row["time/eval_s"] = progress.eval_seconds
         logger.log(row)
-        iteration = interval_end
+
+        progress.last_eval = interval_end
+        progress.interval_seconds = 0.0
+        sums = jax.tree.map(np.zeros_like, sums)
+        if args.save and logger.is_main:
+            save_networks(logger.folder, "", state.params)
+        if row["eval/learner_return"] > progress.best_return:
+            progress.best_return = float(row["eval/learner_return"])
+            if args.save and logger.is_main:
+                save_networks(logger.folder, "best_", state.params)
+        if args.save:
+            save()
+
+    if args.save and stop.number:
+        save()
 
 
 # -------------------- Main ------------------------------------------------------------------------
 def main() -> int:
     """Parses and checks the flags, trains, and returns the exit status."""
-    args = tyro.cli(Args)
     script = os.path.basename(__file__)
+    status = 0
+    stop = StopSignal()
     try:
+        args = parse_args()
         check_args(args)
-        if args.num_devices > 1:
-            # XLA splits the CPU into devices only if told so before its first use. One thread for
-            # each is faster than every operation split over all cores (benchmark/speed.py).
-            jax.config.update("jax_num_cpu_devices", args.num_devices)
-            one_thread = " --xla_cpu_multi_thread_eigen=false"
-            os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + one_thread
+        start_jax(args)
         devices = choose_devices(args)
         env = make_env(args.env_id, args.scenario)
         task = f"{args.env_id} {args.scenario}".strip()
@@ -1484,20 +1811,23 @@ def main() -> int:
         if args.dry_run:
             return 0
         logger = Logger(args)
+        use_cache(args)
+        try:
+            train(args, env, devices, logger, stop)
+        finally:
+            logger.close()
+        if stop.number:
+            folder = logger.folder
+            how = f"--resume {folder} goes on" if args.save else "nothing was saved"
+            print(f"{script}: interrupted, {how}", file=sys.stderr)
+            status = 128 + stop.number
     except FlagError as error:
         print(f"{script}: error: {error}", file=sys.stderr)
-        return 2
-    try:
-        train(args, env, devices, logger)
-    except KeyboardInterrupt:
-        print(f"{script}: interrupted", file=sys.stderr)
-        return 130
-    except (FloatingPointError, TimeoutError) as error:
+        status = 2
+    except RunError as error:
         print(f"{script}: error: {error}", file=sys.stderr)
-        return 1
-    finally:
-        logger.close()
-    return 0
+        status = 1
+    return status
 
 
 if __name__ == "__main__":
