@@ -5,6 +5,7 @@ import importlib
 import importlib.util
 import inspect
 import os
+import types
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # bitwise claims are made for the CPU
 
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import io_callback
 
 
 def scripts_with(*names, feed_forward=False, distinct=False):
@@ -146,3 +148,92 @@ def let_guider_act(script, guider, params, mb, key):
     _, results = jax.lax.scan(step, mb.hidden.guider, (obs, timestep, keys))
     action, log_prob, value = (x.swapaxes(0, 1) for x in results)
     return mb._replace(action=action, behaviour_log_prob=log_prob, value=value)
+
+
+# ------------------------------------------------------------ training with stand-ins for its parts
+STAND_IN_STEPS = 32  # of an iteration: 4 environments, 8 steps
+
+
+class Clock:
+    """In place of the module `time`: time passes only where a stand-in lets it."""
+
+    per_iteration, per_evaluation = 3.0, 5.0
+
+    def __init__(self):
+        self.seconds = 1000.0
+
+    def time(self):
+        return self.seconds
+
+    monotonic = perf_counter = time
+
+    def wait(self, seconds):
+        """Lets time pass where a compiled program is run -> 0, which the program must use."""
+
+        def advance():
+            self.seconds += seconds
+            return np.float32(0)
+
+        return io_callback(advance, jax.ShapeDtypeStruct((), jnp.float32))
+
+
+class RowLogger:
+    """A logger that keeps the rows, what the progress bar is told, and the error that ended the run."""
+
+    def __init__(self):
+        self.rows, self.error = [], None
+        self.log = self.rows.append
+        self.bar = types.SimpleNamespace(total=None, updates=[])
+        self.bar.update = self.bar.updates.append
+        self.bar.reset = lambda total=None: setattr(self.bar, "total", total)
+
+
+def train_with_stand_ins(script, clock, has_win_rate=False, finite_until=1000, **flags):
+    """Runs `train` with functions that cost nothing in place of those it calls -> RowLogger.
+
+    The "parameters" are the keys that the start got and the number of iterations so far. Iteration
+    i has a value loss of i * i, is finite if i <= finite_until, and ends i episodes with a return
+    of 10 i and a length of 20 i in total. Rows hold the parameters and the key that the evaluation
+    got, with the devices first.
+    """
+
+    def init_state(args, env, guider, learner, optimizers, params_key, key):
+        fields = dict.fromkeys(script.TrainState._fields, jnp.zeros(()))
+        fields["params"] = {"params_key": params_key, "first_key": key, "iteration": jnp.zeros(())}
+        fields["key"] = key
+        return script.TrainState(**fields)
+
+    def train_iteration(args, env, guider, learner, optimizers, state):
+        iteration = state.params["iteration"] + 1
+        number = iteration + clock.wait(clock.per_iteration)
+        num_updates = args.update_epochs * args.num_minibatches
+        finite = jnp.where(iteration <= finite_until, num_updates, 0.0)
+        metrics = {
+            "losses": {"value_loss": number * number},
+            "finite": {"value_loss": finite},
+            "episodes": {"number": number, "return": 10 * number, "length": 20 * number},
+        }
+        return state._replace(params={**state.params, "iteration": iteration}), metrics
+
+    def evaluate(args, env, guider, learner, params, key):
+        iteration = params["iteration"] + clock.wait(clock.per_evaluation)
+        return {**params, "iteration": iteration}, key
+
+    def eval_row(learner_results, guider_results, has_win_rate):
+        row = {"eval/params": learner_results, "eval/key": guider_results}
+        return row | {"eval/has_win_rate": has_win_rate}
+
+    sizes = {"num_envs": 4, "num_steps": 8, "eval_episodes": 4}
+    updates = {"update_epochs": 2, "num_minibatches": 2}
+    args = script.Args(**sizes, **updates, **flags)
+    env = types.SimpleNamespace(num_agents=2, num_actions=3, has_win_rate=has_win_rate)
+    logger = RowLogger()
+    with pytest.MonkeyPatch.context() as patch:
+        for stand_in in (init_state, train_iteration, evaluate, eval_row):
+            patch.setattr(script, stand_in.__name__, stand_in)
+        patch.setattr(script, "time", clock)
+        try:
+            script.train(args, env, jax.local_devices()[: args.num_devices], logger)
+        except FloatingPointError as error:
+            logger.error = error
+    return logger

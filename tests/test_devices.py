@@ -10,10 +10,11 @@ import subprocess
 import sys
 
 import pytest
-from conftest import make_guider, random_minibatch, scripts_with
+from conftest import Clock, make_guider, random_minibatch, scripts_with, train_with_stand_ins
 
 GRADIENT = scripts_with("minibatch_loss", "Minibatch", "Learner")
 TRAINING = scripts_with("init_state", "collect", "train_iteration", distinct=True)
+LOOP = scripts_with("train", "train_iteration", "evaluate")
 
 
 def gradient_difference(script):
@@ -73,13 +74,25 @@ def train_on_two(script):
     }
 
 
+def keys_of_two(script):
+    """The keys that `train` gives two devices: lists with an entry for each."""
+    logger = train_with_stand_ins(script, Clock(), num_devices=2, num_evals=2, total_timesteps=64)
+    params = logger.rows[0]["eval/params"]
+    return {
+        "parameters": params["params_key"].tolist(),
+        "start": params["first_key"].tolist(),
+        "evaluations": [row["eval/key"].tolist() for row in logger.rows],
+    }
+
+
 if __name__ == "__main__":
     import jax
 
     jax.config.update("jax_num_cpu_devices", 2)
     jax.config.update("jax_disable_most_optimizations", True)  # a third of the time to compile
     report = {"gradient": {param.id: gradient_difference(param.values[0]) for param in GRADIENT},
-              "training": {param.id: train_on_two(param.values[0]) for param in TRAINING}}
+              "training": {param.id: train_on_two(param.values[0]) for param in TRAINING},
+              "loop": {param.id: keys_of_two(param.values[0]) for param in LOOP}}
     json.dump(report, sys.stdout)
     sys.exit()
 
@@ -112,3 +125,14 @@ def test_experience_differs(report, script):
     assert report["training"][script]["shape of observations"] == [2, 4, 2]
     for name in ("start states equal", "observations equal", "actions equal", "keys equal"):
         assert not report["training"][script][name], name
+
+
+@pytest.mark.parametrize("script", [param.id for param in LOOP])
+def test_each_device_has_keys_of_its_own(report, script):
+    """D13: both devices have one key for the parameters, and for all else each has its own."""
+    keys = report["loop"][script]
+    first, second = keys["parameters"]
+    assert first == second
+    assert len(keys["evaluations"]) == 3
+    others = keys["start"] + [key for pair in keys["evaluations"] for key in pair]
+    assert len({tuple(key) for key in [first, *others]}) == 1 + 2 + 3 * 2
