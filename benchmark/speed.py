@@ -1,12 +1,15 @@
 """Speed of training, without compilation, and where the time goes; prints a Markdown table.
 
     python benchmark/speed.py
-    python benchmark/speed.py --env-id RobotWarehouse-v0 --scenarios tiny-2ag tiny-4ag --scripts magpo_rec.py
-    python benchmark/speed.py --scripts magpo_rec.py --guiders sable --num-steps 32 128 512 --rounds 3 --no-breakdown
+    python benchmark/speed.py --env-id RobotWarehouse-v0 --scenarios tiny-2ag tiny-4ag \\
+        --scripts magpo_rec.py
+    python benchmark/speed.py --scripts magpo_rec.py --guiders sable --num-steps 32 128 512 \\
+        --rounds 3 --no-breakdown
 
-All configurations are compiled first and then timed in turn (A B A B ...), a product of two 1024 x 1024 matrices among
-them, so that a busy moment of the machine strikes all alike. Each figure is a median over the rounds. Memory is what
-the compiler sets aside for an iteration, its inputs and outputs included.
+All configurations are compiled first and then timed in turn (A B A B ...), a product of two 1024 x
+1024 matrices among them, so that a busy moment of the machine strikes all alike. Each figure is a
+median over the rounds. Memory is what the compiler sets aside for an iteration, its inputs and
+outputs included.
 """
 import dataclasses
 import functools
@@ -38,7 +41,8 @@ class Options:
     update_epochs: int = 4
     num_devices: int = 1  # on a CPU, more than one splits it
     rounds: int = 8  # timed rounds
-    breakdown: bool = True  # time rollout and environment alone, too, and count the update's operations
+    # time rollout and environment alone, too, and count the update's operations
+    breakdown: bool = True
 
 
 def load(script: str) -> Any:
@@ -57,7 +61,8 @@ def seconds(function: Callable, *inputs: Any) -> float:
 
 
 def random_policy(env: Any, args: Any, state: Any, key: jax.Array) -> jax.Array:
-    """Plays T steps in every environment with random legal actions and no resets -> sum of rewards."""
+    """Plays T steps in every environment with random legal actions and no resets -> sum of
+    rewards."""
 
     def step(carry, key):
         env_state, obs = carry
@@ -65,18 +70,24 @@ def random_policy(env: Any, args: Any, state: Any, key: jax.Array) -> jax.Array:
         env_state, outcome = jax.vmap(env.step)(env_state, action)
         return (env_state, outcome.obs), jnp.sum(outcome.reward)
 
-    return jnp.sum(jax.lax.scan(step, (state.env_state, state.obs), jax.random.split(key, args.num_steps))[1])
+    return jnp.sum(
+        jax.lax.scan(step, (state.env_state, state.obs), jax.random.split(key, args.num_steps))[1]
+    )
 
 
 class Configuration:
     """One script at one setting, compiled, with the seconds of each of its parts."""
 
-    def __init__(self, options: Options, script: str, guider_name: str, scenario: str, num_envs: int, num_steps: int):
+    def __init__(
+        self, options: Options, script: str, guider_name: str, scenario: str, num_envs: int,
+        num_steps: int,
+    ):
         m = load(script)
         args = m.Args(
             env_id=options.env_id, scenario=scenario, num_envs=num_envs, num_steps=num_steps,
-            num_minibatches=options.num_minibatches, update_epochs=options.update_epochs, guider=guider_name,
-            num_devices=options.num_devices)
+            num_minibatches=options.num_minibatches, update_epochs=options.update_epochs,
+            guider=guider_name, num_devices=options.num_devices,
+        )
         has_memory = hasattr(m, "Hidden")
         if options.chunk_steps and has_memory:
             args.chunk_steps = options.chunk_steps
@@ -92,22 +103,32 @@ class Configuration:
         keys = jax.random.split(key, args.num_devices)
         self.state = init.lower(key, keys).compile({"xla_backend_optimization_level": 0})(key, keys)
         iterate = functools.partial(m.train_iteration, *parts)
-        self.iterate = jax.pmap(iterate, axis_name="device", devices=devices).lower(self.state).compile()
+        self.iterate = (
+            jax.pmap(iterate, axis_name="device", devices=devices).lower(self.state).compile()
+        )
         self.compile_s = time.perf_counter() - start
         memory = self.iterate.memory_analysis()
-        self.memory = memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
+        self.memory = (
+            memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
+        )
 
         self.times = {"iteration": [], "collect": [], "play": []}
-        print(f"compiled {self.name} {scenario}, {num_envs} x {num_steps}", file=sys.stderr, flush=True)
+        print(
+            f"compiled {self.name} {scenario}, {num_envs} x {num_steps}", file=sys.stderr,
+            flush=True,
+        )
         self.breakdown = options.breakdown
         if not options.breakdown:
             return
         collect = jax.pmap(lambda state: m.collect(args, env, *networks, state), devices=devices)
         self.collect = collect.lower(self.state).compile()
-        play = jax.pmap(functools.partial(random_policy, env, args), in_axes=(0, None), devices=devices)
+        play = jax.pmap(
+            functools.partial(random_policy, env, args), in_axes=(0, None), devices=devices
+        )
         self.play = play.lower(self.state, key).compile()
 
-        # FLOPs of one minibatch's gradient, as the compiler counts them, for XLA counts the body of a loop once.
+        # FLOPs of one minibatch's gradient, as the compiler counts them, for XLA counts the body of
+        # a loop once.
         def minibatch(state):
             _, rollout, _ = m.collect(args, env, *networks, state)
             inputs = (rollout.value, rollout.value) + ((state.hidden,) if has_memory else ())
@@ -118,8 +139,16 @@ class Configuration:
         mb = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(minibatch, one))
         params = one.params
         loss = functools.partial(m.minibatch_loss, args=args, guider=guider, learner=learner)
-        grad = jax.vmap(jax.grad(lambda params, mb: loss(params, mb=mb)[0]), axis_name="device", in_axes=(None, 0))
-        analysis = jax.jit(grad).lower(params, jax.tree.map(lambda x: x[None], mb)).compile().cost_analysis()
+        grad = jax.vmap(
+            jax.grad(lambda params, mb: loss(params, mb=mb)[0]), axis_name="device",
+            in_axes=(None, 0),
+        )
+        analysis = (
+            jax.jit(grad)
+            .lower(params, jax.tree.map(lambda x: x[None], mb))
+            .compile()
+            .cost_analysis()
+        )
         updates = args.update_epochs * args.num_minibatches
         self.update_flops = analysis["flops"] * updates * args.num_devices
 
@@ -131,22 +160,31 @@ class Configuration:
         self.times["play"].append(seconds(self.play, self.state, jax.random.PRNGKey(1)))
 
     def row(self, matmul_flops: float) -> list:
-        iteration, steps = np.median(self.times["iteration"][1:]), self.args.num_envs * self.args.num_steps
-        cells = [self.name, self.args.scenario, self.args.num_envs, self.args.num_steps, f"{steps / iteration:,.0f}",
-                 f"{self.compile_s:.0f}", f"{self.memory / 2**20:,.0f}"]
+        iteration, steps = (
+            np.median(self.times["iteration"][1:]),
+            self.args.num_envs * self.args.num_steps,
+        )
+        cells = [
+            self.name, self.args.scenario, self.args.num_envs, self.args.num_steps,
+            f"{steps / iteration:,.0f}", f"{self.compile_s:.0f}", f"{self.memory / 2**20:,.0f}",
+        ]
         if not self.breakdown:
             return cells
         collect, play = (np.median(self.times[name][1:]) for name in ("collect", "play"))
         rate = self.update_flops / (iteration - collect)
-        return cells + [f"{collect / iteration:.0%}", f"{1 - collect / iteration:.0%}", f"{steps / play:,.0f}",
-                        f"{rate / 1e9:,.1f}", f"{rate / matmul_flops:.0%}"]
+        return cells + [
+            f"{collect / iteration:.0%}", f"{1 - collect / iteration:.0%}", f"{steps / play:,.0f}",
+            f"{rate / 1e9:,.1f}", f"{rate / matmul_flops:.0%}",
+        ]
 
 
 def main() -> None:
     options = tyro.cli(Options)
     if options.num_devices > 1:
         jax.config.update("jax_num_cpu_devices", options.num_devices)
-        os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false"
+        os.environ["XLA_FLAGS"] = (
+            os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false"
+        )
     configurations = [Configuration(options, *setting) for setting in itertools.product(
         options.scripts, options.guiders, options.scenarios, options.num_envs, options.num_steps)]
     matrix, products = jax.random.normal(jax.random.PRNGKey(0), (1024, 1024)), []
@@ -156,10 +194,15 @@ def main() -> None:
         for configuration in configurations:
             configuration.time_once()
     matmul_flops = 2 * 1024**3 / np.median(products[1:])
-    print(f"{options.env_id}, {options.update_epochs} epochs, {options.num_minibatches} minibatches, "
-          f"{options.num_devices} x {jax.devices()[0].device_kind}, "
-          f"jax {jax.__version__}; a 1024^3 matrix product: {matmul_flops / 1e9:,.0f} GFLOP/s\n")
-    header = ["configuration", "scenario", "environments", "rollout length", "steps/s", "compile s", "memory MiB"]
+    print(
+        f"{options.env_id}, {options.update_epochs} epochs, {options.num_minibatches} minibatches, "
+        f"{options.num_devices} x {jax.devices()[0].device_kind}, "
+        f"jax {jax.__version__}; a 1024^3 matrix product: {matmul_flops / 1e9:,.0f} GFLOP/s\n"
+    )
+    header = [
+        "configuration", "scenario", "environments", "rollout length", "steps/s", "compile s",
+        "memory MiB",
+    ]
     if options.breakdown:
         header += ["rollout", "update", "environment steps/s", "update GFLOP/s", "of the product's"]
     for cells in [header, ["---"] * len(header)] + [c.row(matmul_flops) for c in configurations]:

@@ -20,14 +20,16 @@ from jax.experimental import io_callback
 def scripts_with(*names, feed_forward=False, distinct=False):
     """pytest parameters: the scripts that define all of `names`.
 
-    feed_forward leaves out the script with memory over time; distinct, for what takes long to compile, leaves out those
-    in which the code of all `names` is that of an earlier script.
+    feed_forward leaves out the script with memory over time; distinct, for what takes long to
+    compile, leaves out those in which the code of all `names` is that of an earlier script.
     """
     scripts = ("magpo_ff", "ctds_ff") + (() if feed_forward else ("magpo_rec",))
     modules = [importlib.import_module(name) for name in scripts if importlib.util.find_spec(name)]
     modules = [module for module in modules if all(hasattr(module, name) for name in names)]
     if distinct:
-        sources = [[inspect.getsource(getattr(module, name)) for name in names] for module in modules]
+        sources = [
+            [inspect.getsource(getattr(module, name)) for name in names] for module in modules
+        ]
         texts = [[ast.unparse(ast.parse(source)) for source in group] for group in sources]
         modules = [module for i, module in enumerate(modules) if texts[i] not in texts[:i]]
     return [pytest.param(module, id=module.__name__) for module in modules]
@@ -35,10 +37,12 @@ def scripts_with(*names, feed_forward=False, distinct=False):
 
 @pytest.fixture(scope="module")
 def double_precision():
-    """Everything in float64, with actions in int32 as ever, so that a difference is an error and no rounding.
+    """Everything in float64, with actions in int32 as ever, so that a difference is an error and no
+    rounding.
 
-    In float32 two ways to compute Sable differ by 1e-3 now and then: agent 0's retention is (query . key) value, of
-    which the group norm leaves little more than the sign of query . key, and that may be close to 0.
+    In float32 two ways to compute Sable differ by 1e-3 now and then: agent 0's retention is
+    (query . key) value, of which the group norm leaves little more than the sign of query . key,
+    and that may be close to 0.
     """
 
     def with_int32(function):
@@ -54,7 +58,8 @@ def double_precision():
 
 @pytest.fixture(scope="module")
 def quick_compile():
-    """Compiles with few optimisations, in a third of the time: for tests that run each program a few times only."""
+    """Compiles with few optimisations, in a third of the time: for tests that run each program a
+    few times only."""
     before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", True)
     yield
@@ -62,9 +67,11 @@ def quick_compile():
 
 
 def random_params(network, seed, *inputs):
-    """Parameters of a network for inputs of these shapes: numbers of order 1 in place of the network's own start.
+    """Parameters of a network for inputs of these shapes: numbers of order 1 in place of the
+    network's own start.
 
-    The heads start at a scale of 0.01, which would hide most differences, and orthogonal starts take long to compile.
+    The heads start at a scale of 0.01, which would hide most differences, and orthogonal starts
+    take long to compile.
     """
     rng = np.random.default_rng(seed)
 
@@ -76,10 +83,13 @@ def random_params(network, seed, *inputs):
 
 
 def random_obs(script, seed, batch_size, num_agents, num_actions, num_features=5):
-    """An Observation (M, N, ...) in which each agent has at least one legal action, and about half of the others."""
+    """An Observation (M, N, ...) in which each agent has at least one legal action, and about half
+    of the others."""
     rng = np.random.default_rng(seed)
     mask = rng.random((batch_size, num_agents, num_actions)) < 0.5
-    mask |= np.eye(num_actions, dtype=bool)[rng.integers(num_actions, size=(batch_size, num_agents))]
+    mask |= np.eye(num_actions, dtype=bool)[
+        rng.integers(num_actions, size=(batch_size, num_agents))
+    ]
     view = rng.normal(size=(batch_size, num_agents, num_features))
     return script.Observation(jnp.asarray(view, float), jnp.asarray(mask))
 
@@ -96,7 +106,8 @@ def make_guider(script, kind, num_agents, num_actions, num_heads, num_blocks, em
 
 
 def random_minibatch(script, seed, guider, learner, num_samples):
-    """A Minibatch with random actions and numbers: of samples, or with memory of half as many sequences of two steps.
+    """A Minibatch with random actions and numbers: of samples, or with memory of half as many
+    sequences of two steps.
 
     -> minibatch, random parameters.
     """
@@ -108,16 +119,23 @@ def random_minibatch(script, seed, guider, learner, num_samples):
     for name in ("behaviour_log_prob", "value", "advantage", "value_target"):
         fields[name] = jnp.asarray(rng.normal(size=(*shape, guider.num_agents)), float)
     if memory:
-        start = rng.integers(3, size=shape[0])  # some episodes begin with the first step, some with the second
-        fields["timestep"] = jnp.asarray(np.stack([start, (start + 1) * (start < 2)], axis=1), float)
+        # some episodes begin with the first step, some with the second
+        start = rng.integers(3, size=shape[0])
+        fields["timestep"] = jnp.asarray(
+            np.stack([start, (start + 1) * (start < 2)], axis=1), float
+        )
         learner_hidden = np.zeros((shape[0], guider.num_agents, learner.hidden_dim))
         hidden = script.Hidden(guider.apply({}, shape[0], method="init_hidden"), learner_hidden)
-        fields["hidden"] = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), float), hidden)
+        fields["hidden"] = jax.tree.map(
+            lambda x: jnp.asarray(rng.normal(size=x.shape), float), hidden
+        )
     mb = script.Minibatch(**fields)
     inputs = (mb.obs.agents_view, mb.action), (mb.obs.agents_view,)
     if memory:
         inputs = [(*x, mb.timestep, hidden) for x, hidden in zip(inputs, mb.hidden)]
-    return mb, script.Pair(random_params(guider, seed, *inputs[0]), random_params(learner, seed + 1, *inputs[1]))
+    return mb, script.Pair(
+        random_params(guider, seed, *inputs[0]), random_params(learner, seed + 1, *inputs[1])
+    )
 
 
 def apply_guider(guider, params, mb):
@@ -134,7 +152,8 @@ def apply_learner(learner, params, mb):
 
 
 def let_guider_act(script, guider, params, mb, key):
-    """The minibatch with actions that the guider takes itself, their log-probs and its values, step after step."""
+    """The minibatch with actions that the guider takes itself, their log-probs and its values, step
+    after step."""
     if not has_memory(script):
         action, log_prob, value = script.guider_act(guider, params, mb.obs, key)
         return mb._replace(action=action, behaviour_log_prob=log_prob, value=value)

@@ -1,4 +1,5 @@
-"""Tests of the benchmark folder: statistics, table and pictures, what counts as finished, and every command's flags."""
+"""Tests of the benchmark folder: statistics, table and pictures, what counts as finished, and every
+command's flags."""
 
 import dataclasses
 import glob
@@ -22,8 +23,9 @@ import run  # noqa: E402
 
 FILES = sorted(glob.glob(os.path.join(ROOT, "benchmark", "*.txt")))
 
-# Writes what a training script writes, without training; CoordSum's return is the seed. --sleep is in seconds.
-TOY = '''
+# Writes what a training script writes, without training; CoordSum's return is the seed. --sleep is
+# in seconds.
+TOY = """
 import dataclasses, json, os, sys, time
 import tyro
 
@@ -44,7 +46,8 @@ class Args:
     fail: bool = False
 
 args = tyro.cli(Args)
-folder = f"{args.run_dir}/{args.env_id}__{args.scenario}__{args.exp_name}__{args.seed}__{time.time_ns()}"
+folder = f"{args.run_dir}/{args.env_id}__{args.scenario}__{args.exp_name}__{args.seed}"
+folder += f"__{time.time_ns()}"
 os.makedirs(folder)
 about = {"args": dataclasses.asdict(args) | {"num_devices": 1}, "command": " ".join(sys.argv)}
 json.dump(about, open(f"{folder}/args.json", "w"))
@@ -58,7 +61,7 @@ with open(f"{folder}/metrics.jsonl", "w") as file:
             raise SystemExit(3)
 if hasattr(os, "sched_getaffinity"):
     print("cores", sorted(os.sched_getaffinity(0)))
-'''
+"""
 
 
 def commands(path):
@@ -67,11 +70,17 @@ def commands(path):
 
 
 def write_run(run_dir, exp_name, seed, returns, gaps=0.0, num_steps=50, complete=True, **other):
-    """A folder as a run leaves it: an evaluation every 100 steps from step 0 on, SPS and KL from the second on."""
-    args = {"env_id": "CoordSum-v0", "scenario": "3x10=10", "exp_name": exp_name, "seed": seed, "run_dir": str(run_dir)}
+    """A folder as a run leaves it: an evaluation every 100 steps from step 0 on, SPS and KL from
+    the second on."""
+    args = {
+        "env_id": "CoordSum-v0", "scenario": "3x10=10", "exp_name": exp_name, "seed": seed,
+        "run_dir": str(run_dir),
+    }
     total_timesteps = 100 * (len(returns) - 1) + (10 if complete else 100)
     args |= {"num_envs": 2, "num_steps": num_steps, "total_timesteps": total_timesteps} | other
-    folder = os.path.join(run_dir, f"{args['env_id']}__{args['scenario']}__{exp_name}__{seed}__{1700000000 + seed}")
+    folder = os.path.join(
+        run_dir, f"{args['env_id']}__{args['scenario']}__{exp_name}__{seed}__{1700000000 + seed}"
+    )
     os.makedirs(folder)
     with open(os.path.join(folder, "args.json"), "w") as file:
         json.dump({"args": args, "command": "magpo_ff.py --seed 1"}, file)
@@ -84,7 +93,7 @@ def write_run(run_dir, exp_name, seed, returns, gaps=0.0, num_steps=50, complete
     return folder
 
 
-# -------------------- Statistics --------------------------------------------------------------------------------------
+# -------------------- Statistics ------------------------------------------------------------------
 def test_bootstrap_interval_is_exact_for_two_seeds_and_close_to_theory_for_many():
     low, high = plot.bootstrap_interval(np.array([1.0, 3.0]))
     assert (low, high) == (1, 3)  # a quarter of the draws has both seeds alike
@@ -100,8 +109,11 @@ def test_bootstrap_interval_is_exact_for_two_seeds_and_close_to_theory_for_many(
 
 
 def test_iqm_drops_a_quarter_on_each_side():
-    np.testing.assert_allclose(plot.iqm(np.array([100.0, 2, 3, 4, -50, 5, 6, 7])), np.mean([3, 4, 5, 6]))
-    np.testing.assert_allclose(plot.iqm(np.array([[1.0, 1], [2, 5], [3, 9]])), [2, 5])  # 3 seeds: none is dropped
+    np.testing.assert_allclose(
+        plot.iqm(np.array([100.0, 2, 3, 4, -50, 5, 6, 7])), np.mean([3, 4, 5, 6])
+    )
+    # 3 seeds: none is dropped
+    np.testing.assert_allclose(plot.iqm(np.array([[1.0, 1], [2, 5], [3, 9]])), [2, 5])
     np.testing.assert_allclose(plot.iqm(np.array([-100.0, 1, 2, 3, 100])), 2)
 
 
@@ -117,7 +129,7 @@ def test_seeds_are_compared_at_the_steps_that_all_of_them_have():
     assert np.isnan(plot.final(runs, "y", 3)).all()
 
 
-# -------------------- Groups, table and pictures ----------------------------------------------------------------------
+# -------------------- Groups, table and pictures --------------------------------------------------
 def test_groups_hold_finished_runs_sorted_by_number_and_seed(tmp_path, capsys):
     for seed in (2, 1):
         write_run(tmp_path, "delta_10", seed, [0, seed])
@@ -132,10 +144,13 @@ def test_groups_hold_finished_runs_sorted_by_number_and_seed(tmp_path, capsys):
 
     groups = plot.read_groups([str(tmp_path)])
     task = ("CoordSum-v0", "3x10=10")
-    assert list(groups) == [("CoordSum-v0", "3x10-30", "magpo"), (*task, "delta_2"), (*task, "delta_10"),
-                            (*task, "delta_inf")]
+    assert list(groups) == [
+        ("CoordSum-v0", "3x10-30", "magpo"), (*task, "delta_2"), (*task, "delta_10"),
+        (*task, "delta_inf"),
+    ]
     assert [rows[-1]["eval/learner_return"] for rows in groups[(*task, "delta_2")]] == [1, 2, 4]
-    assert [rows[-1]["eval/learner_return"] for rows in groups[(*task, "delta_inf")]] == [5]  # the newest
+    # the newest
+    assert [rows[-1]["eval/learner_return"] for rows in groups[(*task, "delta_inf")]] == [5]
     warnings = capsys.readouterr().err
     assert f"not finished: {unfinished}\n" in warnings
     assert "seeds differ in num_steps" in warnings and "seed twice" in warnings
@@ -154,9 +169,15 @@ def test_table_and_picture(tmp_path, monkeypatch, capsys, flags):
     for seed in (1, 2, 3):
         write_run(tmp_path / "runs", "magpo", seed, [0, 10, 20 + seed], gaps=0.5)
         write_run(tmp_path / "runs", "ctds", seed, [0, 4, 8], gaps=50)
-    write_run(tmp_path / "runs", "magpo", 1, [0, 0.2, 0.4, 0.6], env_id="LevelBasedForaging-v0", scenario="8x8-2p-2f")
+    write_run(
+        tmp_path / "runs", "magpo", 1, [0, 0.2, 0.4, 0.6], env_id="LevelBasedForaging-v0",
+        scenario="8x8-2p-2f",
+    )
     paths = ["--out", str(tmp_path / "a.png"), "--table", str(tmp_path / "a.md")]
-    monkeypatch.setattr(sys, "argv", ["plot.py", str(tmp_path / "runs"), *paths, "--baseline", "30:known best", *flags])
+    monkeypatch.setattr(
+        sys, "argv",
+        ["plot.py", str(tmp_path / "runs"), *paths, "--baseline", "30:known best", *flags],
+    )
     assert plot.main() == 0
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     text = (tmp_path / "a.md").read_text()
@@ -164,11 +185,14 @@ def test_table_and_picture(tmp_path, monkeypatch, capsys, flags):
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
     assert len({len(row) for row in rows}) == 1 and len(rows) == 5
     if "--last" in flags:
-        assert rows[3] == ["CoordSum-v0 3x10=10 magpo", "3", "200", "22.00 [21.00, 23.00]", "22.00", "22.50", "0.500",
-                           "0.25", "1,500", "2.0"]
+        assert rows[3] == [
+            "CoordSum-v0 3x10=10 magpo", "3", "200", "22.00 [21.00, 23.00]", "22.00", "22.50",
+            "0.500", "0.25", "1,500", "2.0",
+        ]
         assert rows[4][3] == "0.600"  # one seed: no interval
     else:
-        assert rows[2][3] == "4.00 [4.00, 4.00]" and rows[4][3] == "0.400"  # the mean over three evaluations
+        # the mean over three evaluations
+        assert rows[2][3] == "4.00 [4.00, 4.00]" and rows[4][3] == "0.400"
 
 
 def test_empty_folder_is_an_error_in_words(tmp_path, monkeypatch, capsys):
@@ -178,10 +202,11 @@ def test_empty_folder_is_an_error_in_words(tmp_path, monkeypatch, capsys):
     assert error.value.code == 2 and "no finished runs" in capsys.readouterr().err
 
 
-# -------------------- Running -----------------------------------------------------------------------------------------
+# -------------------- Running ---------------------------------------------------------------------
 @pytest.fixture
 def toy(tmp_path, monkeypatch):
-    """A folder with toy.py in it; returns a function that runs benchmark/run.py on lines -> finished process."""
+    """A folder with toy.py in it; returns a function that runs benchmark/run.py on lines ->
+    finished process."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "toy.py").write_text(TOY)
 
@@ -199,11 +224,15 @@ def finished(line):
 
 
 def test_parse_takes_defaults_and_flags(toy):
-    script, args = run.parse('python toy.py --seed 3 --scenario "" --delta=inf --anneal-lr --total-timesteps 1_000')
+    script, args = run.parse(
+        'python toy.py --seed 3 --scenario "" --delta=inf --anneal-lr --total-timesteps 1_000'
+    )
     assert script == "toy.py"
-    assert args == {"exp_name": "toy", "seed": 3, "run_dir": "runs", "num_devices": 0, "env_id": "CoordSum-v0",
-                    "scenario": "", "num_envs": 2, "num_steps": 5, "total_timesteps": 1000, "delta": float("inf"),
-                    "anneal_lr": True, "sleep": 0.0, "fail": False}
+    assert args == {
+        "exp_name": "toy", "seed": 3, "run_dir": "runs", "num_devices": 0, "env_id": "CoordSum-v0",
+        "scenario": "", "num_envs": 2, "num_steps": 5, "total_timesteps": 1000,
+        "delta": float("inf"), "anneal_lr": True, "sleep": 0.0, "fail": False,
+    }
     assert run.parse("python toy.py --no-anneal-lr")[1]["anneal_lr"] is False
     for flags in ("--typo 3", "--seed", "seed 3", "--no-seed 3"):
         with pytest.raises(ValueError, match="has no flag"):
@@ -216,14 +245,17 @@ def test_finished_means_the_last_step_with_the_same_arguments(toy, tmp_path):
     assert toy([line]).returncode == 0
     assert finished(line)
     assert finished(line.replace("1.10", "1.1") + " --no-anneal-lr")  # the same in other words
-    for changed in ("--delta 1.2", "--seed 2", "--anneal-lr", "--total-timesteps 110", "--exp-name other"):
+    for changed in (
+        "--delta 1.2", "--seed 2", "--anneal-lr", "--total-timesteps 110", "--exp-name other",
+    ):
         assert not finished(f"{line} {changed}")
     assert not finished(line.replace(" --delta 1.10", ""))  # back to the default
 
     (tmp_path / "toy.py").write_text(TOY.replace("num_envs: int = 2", "num_envs: int = 4"))
     assert not finished(line)  # a default has changed
     (tmp_path / "toy.py").write_text(TOY.replace("fail: bool", "new: int = 3\n    fail: bool"))
-    assert finished(line) and not finished(line + " --new 4")  # a flag that did not exist: its default was in force
+    # a flag that did not exist: its default was in force
+    assert finished(line) and not finished(line + " --new 4")
     (tmp_path / "toy.py").write_text(TOY)
     (tmp_path / "other.py").write_text(TOY)
     assert not finished(line.replace("toy.py", "other.py --exp-name toy"))
@@ -240,8 +272,10 @@ def test_an_interrupted_sweep_continues_where_it_stopped(toy, tmp_path):
     lines = [f"python toy.py --run-dir out --exp-name a --seed {seed}" for seed in (1, 2, 3)]
     slow = [line + " --sleep 30" for line in lines[1:]]
     (tmp_path / "sweep.txt").write_text("\n".join([lines[0]] + slow))
-    sweep = subprocess.Popen([sys.executable, os.path.join(ROOT, "benchmark", "run.py"), "sweep.txt", "--jobs", "2"],
-                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    sweep = subprocess.Popen(
+        [sys.executable, os.path.join(ROOT, "benchmark", "run.py"), "sweep.txt", "--jobs", "2"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )
     deadline = time.time() + 30
     while len(list(tmp_path.glob("out/*/metrics.jsonl"))) < 3 and time.time() < deadline:
         time.sleep(0.05)
@@ -255,9 +289,12 @@ def test_an_interrupted_sweep_continues_where_it_stopped(toy, tmp_path):
     again = toy(lines, "--only", "seed [12] ")
     assert again.returncode == 0 and "1 of 2 commands have finished" in again.stdout
     after = {path.name for path in tmp_path.glob("out/*/")}
-    assert len(after) == 3 and len(after - before) == 1  # seed 2: old folder gone, new one there; 1 and 3 untouched
+    # seed 2: old folder gone, new one there; 1 and 3 untouched
+    assert len(after) == 3 and len(after - before) == 1
     assert [finished(line) for line in lines] == [True, True, False]
-    assert "0 of 1" in toy(lines, "--only", "seed 3 ", "--dry-run").stdout and not finished(lines[2])
+    assert (
+        "0 of 1" in toy(lines, "--only", "seed 3 ", "--dry-run").stdout and not finished(lines[2])
+    )
 
 
 def test_finished_runs_with_other_flags_are_kept(toy, tmp_path):
@@ -271,7 +308,10 @@ def test_failures_are_named_and_the_others_still_run(toy):
     sweep = toy(lines)
     assert sweep.returncode == 1 and finished(lines[1])
     assert sweep.stderr == f"failed: {lines[0]}\n" and "FAILED with status 3" in sweep.stdout
-    for lines, message in ((["python toy.py --typo 1"], "no flag --typo"), (["python toy.py"] * 2, "same name")):
+    for lines, message in (
+        (["python toy.py --typo 1"], "no flag --typo"),
+        (["python toy.py"] * 2, "same name"),
+    ):
         sweep = toy(lines)
         assert sweep.returncode == 2 and message in sweep.stderr
 
@@ -282,12 +322,14 @@ def test_each_job_has_its_own_cores(toy, tmp_path, jobs):
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < jobs:
         pytest.skip("too few cores")
-    assert toy([f"python toy.py --run-dir out --seed {i}" for i in range(jobs)], "--jobs", str(jobs)).returncode == 0
+    assert toy(
+        [f"python toy.py --run-dir out --seed {i}" for i in range(jobs)], "--jobs", str(jobs)
+    ).returncode == 0
     shares = [json.loads(path.read_text().split("cores")[1]) for path in tmp_path.glob("out/*.log")]
     assert sorted(core for share in shares for core in share) == cores and len(shares) == jobs
 
 
-# -------------------- The commands ------------------------------------------------------------------------------------
+# -------------------- The commands ----------------------------------------------------------------
 def test_every_command_is_one_that_its_script_takes(monkeypatch):
     monkeypatch.chdir(ROOT)
     lines = [line for path in FILES for line in commands(path)]
@@ -298,7 +340,8 @@ def test_every_command_is_one_that_its_script_takes(monkeypatch):
         module = importlib.import_module(script.removesuffix(".py"))
         args = tyro.cli(module.Args, args=flags)
         module.check_args(args)
-        module.choose_devices(dataclasses.replace(args))  # raises if minibatches do not divide the work
+        # raises if minibatches do not divide the work
+        module.choose_devices(dataclasses.replace(args))
         parsed_script, parsed = run.parse(line)
         assert parsed_script == script and parsed == vars(args), line
 

@@ -1,4 +1,5 @@
-"""Tests of CoordSum: recorded episodes of the released environment, the reward rule by hand, the jumanji interface."""
+"""Tests of CoordSum: recorded episodes of the released environment, the reward rule by hand, the
+jumanji interface."""
 
 import collections
 import pathlib
@@ -21,7 +22,8 @@ GOLDEN = pathlib.Path(__file__).parent / "data" / "golden_envs.npz"
 
 
 def play(env, targets, actions, seed=0):
-    """Plays `actions` (T, N) against the given `targets` (T,) from one reset: the stacked states and timesteps."""
+    """Plays `actions` (T, N) against the given `targets` (T,) from one reset: the stacked states
+    and timesteps."""
 
     @jax.jit
     def episode(first, targets, actions):
@@ -57,7 +59,9 @@ def unbatch(states, i):
 @pytest.mark.parametrize("suffix, key", [("", "reward"), ("-released", "reward_released")])
 def test_rewards_equal_the_recorded_ones(scenario, suffix, key):
     with np.load(GOLDEN) as golden:
-        targets, actions, expected = (golden[f"coordsum/{scenario}/{name}"] for name in ("targets", "actions", key))
+        targets, actions, expected = (
+            golden[f"coordsum/{scenario}/{name}"] for name in ("targets", "actions", key)
+        )
     _, timestep = play(CoordSum(**parse_scenario(scenario + suffix)), targets, actions)
     np.testing.assert_array_equal(timestep.reward, expected)
 
@@ -92,14 +96,18 @@ def test_reward_table():
     np.testing.assert_array_equal(states.last_target, targets)
     np.testing.assert_array_equal(states.last_actions, actions)
     counts = np.zeros((6, 4), int)
-    counts[4, 1], counts[4, 2], counts[5, 0], counts[5, 3], counts[0, 0], counts[0, 1] = 3, 2, 1, 3, 1, 1
+    counts[4, 1], counts[4, 2], counts[5, 0], counts[5, 3], counts[0, 0], counts[0, 1] = (
+        3, 2, 1, 3, 1, 1,
+    )
     np.testing.assert_array_equal(states.counts[-1], counts)
 
 
 def test_released_history_shares_the_last_row():
     targets, actions = [3, 4, 5, 2], [(2, 1, 0), (2, 2, 0), (2, 3, 0), (2, 0, 0)]
     assert rewards_by_hand(targets, actions, num_rows=6) == [2, 2, 2, 2]
-    assert play(CoordSum(3, 4, 6, history="released"), targets, actions)[1].reward.tolist() == [2, 1, 1, 2]
+    assert play(CoordSum(3, 4, 6, history="released"), targets, actions)[1].reward.tolist() == [
+        2, 1, 1, 2,
+    ]
 
 
 @pytest.mark.parametrize("scenario", ["8x15-100", "2x5-3-released"])
@@ -108,7 +116,9 @@ def test_rewards_equal_plain_python(scenario):
     rng = np.random.default_rng(0)
     actions = rng.integers(0, env.num_actions, (env.time_limit, env.num_agents))
     targets = rng.integers(0, env.max_target, env.time_limit)
-    targets = np.where(rng.random(env.time_limit) < 0.7, np.minimum(actions.sum(-1), env.max_target - 1), targets)
+    targets = np.where(
+        rng.random(env.time_limit) < 0.7, np.minimum(actions.sum(-1), env.max_target - 1), targets
+    )
     _, timestep = play(env, targets, actions)
     rows = env.num_actions if env.history == "released" else env.max_target
     expected = rewards_by_hand(targets.tolist(), actions.tolist(), rows)
@@ -130,17 +140,20 @@ def test_specs_and_first_timestep():
     env.discount_spec.validate(timestep.discount)
     assert timestep.first() and timestep.discount == 1 and timestep.observation.action_mask.all()
     np.testing.assert_array_equal(timestep.observation.agents_view, np.full((3, 1), state.target))
-    assert env.action_spec.num_values.tolist() == [10, 10, 10] and env.action_spec.dtype == jnp.int32
+    assert (
+        env.action_spec.num_values.tolist() == [10, 10, 10] and env.action_spec.dtype == jnp.int32
+    )
     assert jax.tree.map(jnp.shape, dict(state)) | {"key": ()} == {
-        "key": (), "step_count": (), "target": (), "counts": (30, 10), "last_target": (), "last_actions": (3,),
-        "last_guess": (), "last_reward": (), "episode_return": (),
+        "key": (), "step_count": (), "target": (), "counts": (30, 10), "last_target": (),
+        "last_actions": (3,), "last_guess": (), "last_reward": (), "episode_return": (),
     }  # fmt: skip
 
 
 @pytest.mark.parametrize("time_limit", [1, 100])
 def test_terminates_at_the_time_limit_only(time_limit):
     env = CoordSum(time_limit=time_limit)
-    states, timestep = play(env, [6] * time_limit, [(2, 2, 2)] * time_limit)  # all matches: no early success
+    # all matches: no early success
+    states, timestep = play(env, [6] * time_limit, [(2, 2, 2)] * time_limit)
     expected = np.arange(1, time_limit + 1) == time_limit
     np.testing.assert_array_equal(jax.vmap(lambda t: t.last())(timestep), expected)
     np.testing.assert_array_equal(timestep.discount, 1.0 - expected)
@@ -157,7 +170,8 @@ def test_targets_are_uniform_and_independent():
         targets = jax.lax.scan(lambda s, a: (env.step(s, a)[0],) * 2, first, actions)[1].target
         return jnp.concatenate([first.target[None], targets])
 
-    targets = np.asarray(jax.jit(jax.vmap(episode))(jax.random.split(jax.random.key(1), 600)))  # (600, 20)
+    # (600, 20)
+    targets = np.asarray(jax.jit(jax.vmap(episode))(jax.random.split(jax.random.key(1), 600)))
 
     def chi2(values, cells):
         expected = values.size / cells
@@ -188,9 +202,15 @@ def test_deterministic():
 def test_constant_target():
     for history in ("target", "released"):
         env = CoordSum(target=10, history=history)
-        states, timestep = play(env, [10] * 5, [(5, 5, 0), (5, 4, 1), (4, 5, 1), (9, 1, 0), (9, 1, 1)])
+        states, timestep = play(
+            env, [10] * 5, [(5, 5, 0), (5, 4, 1), (4, 5, 1), (9, 1, 0), (9, 1, 1)]
+        )
         assert timestep.reward.tolist() == [2, 1, 2, 2, 0]
-        assert env.num_rows == 1 and (states.target == 10).all() and env.reset(jax.random.key(5))[0].target == 10
+        assert (
+            env.num_rows == 1
+            and (states.target == 10).all()
+            and env.reset(jax.random.key(5))[0].target == 10
+        )
     assert CoordSum(target=27).max_target == 28 and CoordSum(target=0).max_target == 1
 
 
@@ -213,15 +233,20 @@ def test_parse_scenario(name, expected):
 
 @pytest.mark.parametrize(
     "name",
-    ["3x10", "3x10-", "x10-30", "3x10-30=10", "3x10-30-", "3x10-30-Released", "3x10-30 ", "3x10-30\n", "-3x10-30",
-     "3x10--1", "3X10-30", "3x10-3.5", "\u0663x10-30", "tiny-2ag", "0x10-30", "3x0-30", "3x10-0", "3x10=28",
-     "3x10=28-released"],
+    ["3x10", "3x10-", "x10-30", "3x10-30=10", "3x10-30-", "3x10-30-Released", "3x10-30 ",
+     "3x10-30\n", "-3x10-30", "3x10--1", "3X10-30", "3x10-3.5", "\u0663x10-30", "tiny-2ag",
+     "0x10-30", "3x0-30", "3x10-0", "3x10=28", "3x10=28-released"],
 )  # fmt: skip
 def test_parse_scenario_errors(name):
     with pytest.raises(ValueError) as error:
         parse_scenario(name)
     message = str(error.value)
-    assert "\n" not in message and repr(name) in message and "NxA-M" in message and "e.g. 3x10-30" in message
+    assert (
+        "\n" not in message
+        and repr(name) in message
+        and "NxA-M" in message
+        and "e.g. 3x10-30" in message
+    )
 
 
 @pytest.mark.parametrize(
@@ -256,9 +281,20 @@ def test_vmapped_step():
     env = CoordSum()
     states, _ = jax.vmap(env.reset)(jax.random.split(jax.random.key(0), 6))
     states, timestep = jax.jit(jax.vmap(env.step))(states, jnp.ones((6, 3), jnp.int32))
-    assert timestep.reward.shape == timestep.discount.shape == timestep.observation.step_count.shape == (6,)
-    assert timestep.observation.agents_view.shape == (6, 3, 1) and timestep.observation.agents_view.dtype == jnp.int32
-    assert timestep.observation.action_mask.shape == (6, 3, 10) and timestep.observation.action_mask.dtype == bool
+    assert (
+        timestep.reward.shape
+        == timestep.discount.shape
+        == timestep.observation.step_count.shape
+        == (6,)
+    )
+    assert (
+        timestep.observation.agents_view.shape == (6, 3, 1)
+        and timestep.observation.agents_view.dtype == jnp.int32
+    )
+    assert (
+        timestep.observation.action_mask.shape == (6, 3, 10)
+        and timestep.observation.action_mask.dtype == bool
+    )
     assert timestep.reward.dtype == jnp.float32 and states.counts.shape == (6, 30, 10)
     assert states.counts.sum(axis=(1, 2)).tolist() == [1] * 6
 
@@ -279,12 +315,12 @@ def test_render_and_animate(tmp_path):
     states, _ = play(env, [6] * 3, [(1, 2, 3), (1, 2, 3), (2, 2, 3)])
     assert env.render(first) == "step 0/100 | no actions yet | next target 6"
     assert [env.render(unbatch(states, i)) for i in range(3)] == [
-        "step 1/100 | target 6 | 1 + 2 + 3 = 6, match | observer guessed 0 for agent 0 | reward 2, return 2 | "
-        "next target 6",
-        "step 2/100 | target 6 | 1 + 2 + 3 = 6, match | observer guessed 1 for agent 0 | reward 1, return 3 | "
-        "next target 6",
-        "step 3/100 | target 6 | 2 + 2 + 3 = 7, miss | observer guessed 1 for agent 0 | reward 0, return 3 | "
-        "next target 6",
+        "step 1/100 | target 6 | 1 + 2 + 3 = 6, match | "
+        "observer guessed 0 for agent 0 | reward 2, return 2 | next target 6",
+        "step 2/100 | target 6 | 1 + 2 + 3 = 6, match | "
+        "observer guessed 1 for agent 0 | reward 1, return 3 | next target 6",
+        "step 3/100 | target 6 | 2 + 2 + 3 = 7, miss | "
+        "observer guessed 1 for agent 0 | reward 0, return 3 | next target 6",
     ]
     path = tmp_path / "game.gif"
     frames = [first] + [unbatch(states, i) for i in range(3)]
@@ -307,4 +343,6 @@ def test_frame_shows_the_answered_target_and_not_the_next_one():
     env._draw(figure, state)
     texts = [text.get_text() for text in figure.axes[0].texts]
     assert "29" not in texts and texts.count("6") == 2  # the sum and the target
-    assert {"step 2/100", "match, the observer guessed 2: wrong", "reward 2    return 4"} <= set(texts)
+    assert {"step 2/100", "match, the observer guessed 2: wrong", "reward 2    return 4"} <= set(
+        texts
+    )

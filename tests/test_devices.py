@@ -1,6 +1,8 @@
-"""Two devices are one: the same gradient from the same samples, equal parameters for ever, different experience.
+"""Two devices are one: the same gradient from the same samples, equal parameters for ever,
+different experience.
 
-The number of CPU devices must be set before JAX's first use, hence a process of its own: this file is its program, too.
+The number of CPU devices must be set before JAX's first use, hence a process of its own: this file
+is its program, too.
 """
 
 import functools
@@ -18,7 +20,8 @@ LOOP = scripts_with("train", "train_iteration", "evaluate")
 
 
 def gradient_difference(script):
-    """How far apart, relative to each leaf, the mean gradient of two devices is from one device's on all samples."""
+    """How far apart, relative to each leaf, the mean gradient of two devices is from one device's
+    on all samples."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -26,7 +29,8 @@ def gradient_difference(script):
     guider, learner = make_guider(script, "mat", 2, 4, 1, 1, 8), script.Learner(4, 8)
     mb, params = random_minibatch(script, 0, guider, learner, 32)
     half = jnp.arange(len(mb.action)) >= len(mb.action) // 2
-    shift = jnp.where(half, 3.0, 0.0).reshape(-1, *[1] * (mb.action.ndim - 1))  # so that the devices' means differ
+    # so that the devices' means differ
+    shift = jnp.where(half, 3.0, 0.0).reshape(-1, *[1] * (mb.action.ndim - 1))
     mb = mb._replace(advantage=mb.advantage + shift)
     loss = functools.partial(script.minibatch_loss, args=script.Args())
 
@@ -46,26 +50,39 @@ def gradient_difference(script):
 
 
 def train_on_two(script):
-    """What one iteration on two devices leaves: what is equal on both, and have the parameters moved?"""
+    """What one iteration on two devices leaves: what is equal on both, and have the parameters
+    moved?"""
     import jax
     import numpy as np
 
-    args = script.Args(num_envs=8, num_steps=4, num_devices=2, update_epochs=2, embed_dim=4, learner_hidden_dim=4)
+    args = script.Args(
+        num_envs=8, num_steps=4, num_devices=2, update_epochs=2, embed_dim=4, learner_hidden_dim=4
+    )
     env = script.make_env("CoordSum-v0", "2x4-5")
     parts = (args, env, *script.make_networks(args, env), script.make_optimizers(args))
     keys = jax.random.split(jax.random.PRNGKey(0), 2)
-    before = jax.pmap(functools.partial(script.init_state, *parts), in_axes=(None, 0))(jax.random.PRNGKey(1), keys)
-    after, metrics = jax.pmap(functools.partial(script.train_iteration, *parts), axis_name="device")(before)
+    before = jax.pmap(functools.partial(script.init_state, *parts), in_axes=(None, 0))(
+        jax.random.PRNGKey(1), keys
+    )
+    after, metrics = jax.pmap(
+        functools.partial(script.train_iteration, *parts), axis_name="device"
+    )(before)
 
     def same(tree):
         return all(np.array_equal(x[0], x[1]) for x in jax.tree.leaves(tree))
 
     return {
         "parameters equal at the start": same(before.params),
-        "parameters equal": same((after.params, after.opt_state)),
-        "metrics equal": same(metrics),
-        "parameters moved": not any(np.array_equal(x, y) for x, y in zip(*(
-            [p for p in jax.tree.leaves(state.params) if p.ndim > 2] for state in (before, after)))),
+        "parameters equal": same((after.params, after.opt_state)), "metrics equal": same(metrics),
+        "parameters moved": not any(
+            np.array_equal(x, y)
+            for x, y in zip(
+                *(
+                    [p for p in jax.tree.leaves(state.params) if p.ndim > 2]
+                    for state in (before, after)
+                )
+            )
+        ),
         "start states equal": same(before.obs.agents_view),
         "observations equal": same(after.obs.agents_view),
         "actions equal": same(after.env_state.counts.sum(axis=2)),  # how often agent 0 played what
@@ -100,28 +117,38 @@ if __name__ == "__main__":
 @pytest.fixture(scope="module")
 def report():
     """What this file prints when run."""
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.path.dirname(os.path.dirname(__file__))}
-    result = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=600)
+    environment = {
+        **os.environ, "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": os.path.dirname(os.path.dirname(__file__)),
+    }
+    result = subprocess.run(
+        [sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=600
+    )
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)
 
 
 @pytest.mark.parametrize("script", [param.id for param in GRADIENT])
 def test_gradient_is_that_of_one_device(report, script):
-    """The mean of two devices' gradients is one device's on all samples, with advantages normalised over both."""
+    """The mean of two devices' gradients is one device's on all samples, with advantages normalised
+    over both."""
     assert report["gradient"][script] < 1e-5
 
 
 @pytest.mark.parametrize("script", [param.id for param in TRAINING])
 def test_parameters_stay_equal(report, script):
-    """After an iteration parameters, optimizer states and metrics are the same to the bit on both, and have moved."""
-    for name in ("parameters equal at the start", "parameters equal", "metrics equal", "parameters moved"):
+    """After an iteration parameters, optimizer states and metrics are the same to the bit on both,
+    and have moved."""
+    for name in (
+        "parameters equal at the start", "parameters equal", "metrics equal", "parameters moved",
+    ):
         assert report["training"][script][name], name
 
 
 @pytest.mark.parametrize("script", [param.id for param in TRAINING])
 def test_experience_differs(report, script):
-    """Each device has its half of the environments, and start states, actions and keys of its own."""
+    """Each device has its half of the environments, and start states, actions and keys of its
+    own."""
     assert report["training"][script]["shape of observations"] == [2, 4, 2]
     for name in ("start states equal", "observations equal", "actions equal", "keys equal"):
         assert not report["training"][script][name], name

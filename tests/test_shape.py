@@ -16,13 +16,16 @@ OWN_FILES = {path.stem for path in ROOT.glob("*.py")}
 README = ROOT / "README.md"
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
-# Functions and classes that two scripts share by name but not by text, because they are what differs.
+# Functions and classes that two scripts share by name but not by text, because they are what
+# differs.
 ALLOWED_DIFFERENCES = {
     ("ctds_ff", "magpo_ff"): {"Args", "check_args", "collect", "learner_loss", "minibatch_loss"},
     ("magpo_ff", "magpo_rec"): {
-        "Args", "check_args", "choose_devices", "Attention", "Retention", "EncoderBlock", "DecoderBlock", "Guider", "Learner", "guider_act",
-        "learner_act", "Transition", "Minibatch", "TrainState", "collect", "minibatch_loss", "make_minibatches",
-        "train_iteration", "play", "evaluate", "make_networks", "init_state"},
+        "Args", "check_args", "choose_devices", "Attention", "Retention", "EncoderBlock",
+        "DecoderBlock", "Guider", "Learner", "guider_act", "learner_act", "Transition", "Minibatch",
+        "TrainState", "collect", "minibatch_loss", "make_minibatches", "train_iteration", "play",
+        "evaluate", "make_networks", "init_state",
+    },
 }
 
 
@@ -32,7 +35,11 @@ def text(script):
 
 def definitions(script):
     """The functions and classes at the top level of a script, by name."""
-    return {node.name: node for node in ast.parse(text(script)).body if isinstance(node, (*FUNCTIONS, ast.ClassDef))}
+    return {
+        node.name: node
+        for node in ast.parse(text(script)).body
+        if isinstance(node, (*FUNCTIONS, ast.ClassDef))
+    }
 
 
 def readme():
@@ -42,10 +49,12 @@ def readme():
 
 
 for_each_script = pytest.mark.parametrize("script", SCRIPTS)
-for_each_magpo = pytest.mark.parametrize("script", [name for name in SCRIPTS if name.startswith("magpo")])
+for_each_magpo = pytest.mark.parametrize(
+    "script", [name for name in SCRIPTS if name.startswith("magpo")]
+)
 
 
-# -------------------------------------------------------------------------------------------------------- short, flat
+# -------------------------------------------------------------------------------------- short, flat
 @for_each_script
 def test_length_of_file(script):
     """A script stays a text that a reading group can go through."""
@@ -54,7 +63,8 @@ def test_length_of_file(script):
 
 
 def test_lint():
-    """Ruff, with the repository's settings, finds nothing: no line over 100 columns, no dead name."""
+    """Ruff, with the repository's settings, finds nothing: no line over 100 columns, no dead
+    name."""
     ruff = [sys.executable, "-m", "ruff", "check", "--no-cache", "."]
     done = subprocess.run(ruff, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
@@ -62,7 +72,8 @@ def test_lint():
 
 @for_each_script
 def test_no_deep_nesting(script):
-    """No function is defined more than three functions deep, no statement is indented more than six times."""
+    """No function is defined more than three functions deep, no statement is indented more than six
+    times."""
 
     def depth(node):
         below = max((depth(child) for child in ast.iter_child_nodes(node)), default=0)
@@ -70,33 +81,51 @@ def test_no_deep_nesting(script):
 
     tree = ast.parse(text(script))
     assert depth(tree) <= 3
-    assert [node.lineno for node in ast.walk(tree) if isinstance(node, ast.stmt) and node.col_offset > 24] == []
+    assert [
+        node.lineno
+        for node in ast.walk(tree)
+        if isinstance(node, ast.stmt) and node.col_offset > 24
+    ] == []
 
 
 @for_each_script
 def test_short_functions(script):
-    """No function has more than 70 lines, apart from `main`, `train` and those of network modules."""
+    """No function has more than 70 lines, apart from `main`, `train` and those of network
+    modules."""
     top = definitions(script).values()
-    networks = {n.name for n in top if isinstance(n, ast.ClassDef) and "Module" in "".join(map(ast.unparse, n.bases))}
+    networks = {
+        n.name
+        for n in top
+        if isinstance(n, ast.ClassDef) and "Module" in "".join(map(ast.unparse, n.bases))
+    }
     functions = []
     for node in top:
         if node.name not in networks | {"main", "train", "Args"}:
             functions += [n for n in ast.walk(node) if isinstance(n, FUNCTIONS)]
     assert len(functions) > 20
-    assert {n.name: n.end_lineno - n.lineno + 1 for n in functions if n.end_lineno - n.lineno >= 70} == {}
+    assert {
+        n.name: n.end_lineno - n.lineno + 1 for n in functions if n.end_lineno - n.lineno >= 70
+    } == {}
 
 
-# --------------------------------------------------------------------------------------------------------- alone, alike
+# ------------------------------------------------------------------------------------- alone, alike
 @for_each_script
 def test_stands_alone(script):
-    """At module level a script imports nothing of ours and nothing optional; inside functions only tasks is ours."""
+    """At module level a script imports nothing of ours and nothing optional; inside functions only
+    tasks is ours."""
 
     def imported(node):
-        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
+        names = (
+            [alias.name for alias in node.names]
+            if isinstance(node, ast.Import)
+            else [node.module or ""]
+        )
         return {name.split(".")[0] for name in names}
 
     tree = ast.parse(text(script))
-    anywhere = {n: imported(n) for n in ast.walk(tree) if isinstance(n, (ast.Import, ast.ImportFrom))}
+    anywhere = {
+        n: imported(n) for n in ast.walk(tree) if isinstance(n, (ast.Import, ast.ImportFrom))
+    }
     functions = [n for n in ast.walk(tree) if isinstance(n, FUNCTIONS)]
     lazy = {n for function in functions for n in ast.walk(function) if n in anywhere}
     at_import = set().union(*(names for node, names in anywhere.items() if node not in lazy))
@@ -107,7 +136,8 @@ def test_stands_alone(script):
 
 @pytest.mark.parametrize("pair", ALLOWED_DIFFERENCES, ids="-".join)
 def test_twins(pair):
-    """What two scripts share by name is the same to the letter, apart from what is listed, which differs."""
+    """What two scripts share by name is the same to the letter, apart from what is listed, which
+    differs."""
     if not set(pair) <= set(SCRIPTS):
         pytest.skip(f"only {SCRIPTS} exist")
 
@@ -118,10 +148,12 @@ def test_twins(pair):
     left, right = (definitions(script) for script in pair)
     shared = left.keys() & right.keys()
     assert len(shared) > 10
-    assert {n for n in shared if source(pair[0], left[n]) != source(pair[1], right[n])} == ALLOWED_DIFFERENCES[pair]
+    assert {
+        n for n in shared if source(pair[0], left[n]) != source(pair[1], right[n])
+    } == ALLOWED_DIFFERENCES[pair]
 
 
-# ------------------------------------------------------------------------------------------------------- the algorithm
+# ------------------------------------------------------------------------------------ the algorithm
 @for_each_magpo
 def test_four_steps(script):
     """The four steps are marked once each, in order."""
@@ -130,12 +162,17 @@ def test_four_steps(script):
 
 @for_each_magpo
 def test_delta_in_three_places(script):
-    """delta is a flag, and enters the loss in two places: the double clip and the mask of the KL term."""
+    """delta is a flag, and enters the loss in two places: the double clip and the mask of the KL
+    term."""
     reads = []
     for name, node in definitions(script).items():
         calls = [n for n in ast.walk(node) if isinstance(n, ast.Call)]
         called_with = {arg: ast.unparse(call.func) for call in calls for arg in call.args}
-        attributes = [n for n in ast.walk(node) if isinstance(n, ast.Attribute) and ast.unparse(n) == "args.delta"]
+        attributes = [
+            n
+            for n in ast.walk(node)
+            if isinstance(n, ast.Attribute) and ast.unparse(n) == "args.delta"
+        ]
         reads += [called_with.get(n) for n in attributes if name != "check_args"]
     assert sorted(map(str, reads)) == ["double_clip", "kl_mask"]
     takes_delta = {name for name, node in definitions(script).items() for n in ast.walk(node)
@@ -151,7 +188,7 @@ def test_no_delta_without_magpo():
     assert names & {"delta", "double_clip", "kl_mask"} == set()
 
 
-# ---------------------------------------------------------------------------------------------------------- the README
+# --------------------------------------------------------------------------------------- the README
 def details(script):
     return [int(number) for number in re.findall(r"\bD(\d+):", text(script))]
 
@@ -167,21 +204,27 @@ def test_details_once_in_the_code(script):
 def test_details_in_the_readme():
     """Each numbered detail of a script or of tasks.py has one row in the README's table."""
     rows = re.findall(r"^\| *D(\d+) *\|", readme(), re.M)
-    assert sorted(map(int, rows)) == sorted({n for file in [*SCRIPTS, "tasks"] for n in details(file)})
+    assert sorted(map(int, rows)) == sorted(
+        {n for file in [*SCRIPTS, "tasks"] for n in details(file)}
+    )
 
 
 def commands(document):
-    """The commands `python SCRIPT.py ...` in indented or fenced lines, those that go on after a backslash joined."""
+    """The commands `python SCRIPT.py ...` in indented or fenced lines, those that go on after a
+    backslash joined."""
     lines = document.replace("\\\n", " ").splitlines()
     found = [re.match(r"\s*(?:\$ )?python3? (\w+)\.py\b([^#|&;]*)", line) for line in lines]
     return [(match[1], shlex.split(match[2])) for match in found if match and match[1] in SCRIPTS]
 
 
 def check_command(script, flags, monkeypatch, capsys):
-    """Runs a command with --dry-run; one that asks for several devices needs a process of its own."""
+    """Runs a command with --dry-run; one that asks for several devices needs a process of its
+    own."""
     command = [f"{script}.py", *flags, "--dry-run"]
     if "--num-devices" in flags:
-        done = subprocess.run([sys.executable, ROOT / command[0], *command[1:]], capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, ROOT / command[0], *command[1:]], capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stderr
         return
     monkeypatch.setattr(sys, "argv", command)

@@ -1,20 +1,29 @@
-"""The theory of MAGPO (arXiv 2507.18059) as a test: the exact tabular loop in float64, without samples or networks.
+"""The theory of MAGPO (arXiv 2507.18059) as a test: the exact tabular loop in float64, without
+samples or networks.
 
-One iteration starts at a product policy mu_k = pi_k. `four_steps` is the loop; each step is one function:
-  1. collect    V and Q of the joint policy mu_k, from the Bellman equations                                `evaluate`
-  2. guider     mu^ = argmax_mu eta <Q, mu> - KL(mu, mu_k), so mu^(a|s) ~ mu_k(a|s) exp(eta Q(s,a))   `mirror_descent`
-  3. learner    pi_{k+1} = argmin KL(pi, mu^) over product policies pi = prod_j pi^j(a_j|s)       `project_reverse_kl`
+One iteration starts at a product policy mu_k = pi_k. `four_steps` is the loop; each step is one
+function:
+  1. collect    V and Q of the joint policy mu_k, from the Bellman equations      `evaluate`
+  2. guider     mu^ = argmax_mu eta <Q, mu> - KL(mu, mu_k), so
+                mu^(a|s) ~ mu_k(a|s) exp(eta Q(s,a))                            `mirror_descent`
+  3. learner    pi_{k+1} = argmin KL(pi, mu^) over product policies pi = prod_j pi^j(a_j|s)
+                                                                           `project_reverse_kl`
   4. backtrack  mu_{k+1} = pi_{k+1}
 
-Why V cannot fall (Theorem 4.1). Insert mu^ into the KL of step 3: for every joint policy pi, in every state,
-    J(pi) := eta <A, pi> - KL(pi, mu_k) = log Z - KL(pi, mu^),   Z(s) = E_{mu_k} exp(eta A(s,.)),   J(mu_k) = 0.    (*)
-Step 3 is not convex over product policies, but its global minimum is not needed: coordinate descent started at pi_k
-gives KL(pi_{k+1}, mu^) <= KL(pi_k, mu^). Because mu_k = pi_k (what step 4 buys), this is J(pi_{k+1}) >= J(pi_k) = 0, so
-<A, pi_{k+1}> >= KL(pi_{k+1}, pi_k) / eta >= 0 in every state. The performance-difference lemma does the rest:
-V_{pi_{k+1}} - V_{pi_k} = (I - gamma P_{pi_{k+1}})^-1 <A, pi_{k+1}>, and that inverse has no negative entry.
+Why V cannot fall (Theorem 4.1). Insert mu^ into the KL of step 3: for every joint policy pi, in
+every state,
+    J(pi) := eta <A, pi> - KL(pi, mu_k) = log Z - KL(pi, mu^),
+    Z(s) = E_{mu_k} exp(eta A(s,.)),   J(mu_k) = 0.    (*)
+Step 3 is not convex over product policies, but its global minimum is not needed: coordinate descent
+started at pi_k gives KL(pi_{k+1}, mu^) <= KL(pi_k, mu^). Because mu_k = pi_k (what step 4 buys),
+this is J(pi_{k+1}) >= J(pi_k) = 0, so <A, pi_{k+1}> >= KL(pi_{k+1}, pi_k) / eta >= 0 in every
+state. The performance-difference lemma does the rest:
+V_{pi_{k+1}} - V_{pi_k} = (I - gamma P_{pi_{k+1}})^-1 <A, pi_{k+1}>,
+and that inverse has no negative entry.
 
-Shapes: S states, agents 0..N-1 with A_j actions. A joint quantity is (S, A_0, .., A_{N-1}); a learner is a list of N
-arrays (S, A_j). Policies are log-probabilities, so that nearly deterministic ones do not underflow to log 0.
+Shapes: S states, agents 0..N-1 with A_j actions. A joint quantity is (S, A_0, .., A_{N-1}); a
+learner is a list of N arrays (S, A_j). Policies are log-probabilities, so that nearly deterministic
+ones do not underflow to log 0.
 """
 
 from collections import namedtuple
@@ -24,7 +33,8 @@ import numpy as np
 import pytest
 from scipy.special import log_softmax, logsumexp
 
-Game = namedtuple("Game", "reward transition gamma")  # (S, A_0, .., A_{N-1}), (S, A_0, .., A_{N-1}, S), float
+# (S, A_0, .., A_{N-1}), (S, A_0, .., A_{N-1}, S), float
+Game = namedtuple("Game", "reward transition gamma")
 
 
 def spread(x, j, num_agents):
@@ -46,7 +56,9 @@ def expectation(f, log_learner, agents):
 
 def expectation_for(j, f, log_learner):
     """E_{a_-j}[f(s, a)] over the actions of all agents but j. (S, A_j)"""
-    return expectation(f, log_learner, [i for i in range(len(log_learner)) if i != j]).reshape(log_learner[j].shape)
+    return expectation(f, log_learner, [i for i in range(len(log_learner)) if i != j]).reshape(
+        log_learner[j].shape
+    )
 
 
 def kl(log_p, log_q):
@@ -55,10 +67,13 @@ def kl(log_p, log_q):
 
 
 def evaluate(game, log_mu):
-    """Step 1: V = r_mu + gamma P_mu V, solved exactly, and Q = r + gamma P V. (S,), (S, A_0, .., A_{N-1})"""
+    """Step 1: V = r_mu + gamma P_mu V, solved exactly, and Q = r + gamma P V. (S,),
+    (S, A_0, .., A_{N-1})"""
     mu, num_states = np.exp(log_mu), len(log_mu)
     reward_mu = (mu * game.reward).reshape(num_states, -1).sum(axis=1)
-    transition_mu = (mu[..., None] * game.transition).reshape(num_states, -1, num_states).sum(axis=1)
+    transition_mu = (
+        (mu[..., None] * game.transition).reshape(num_states, -1, num_states).sum(axis=1)
+    )
     value = np.linalg.solve(np.eye(num_states) - game.gamma * transition_mu, reward_mu)
     return value, game.reward + game.gamma * game.transition @ value
 
@@ -70,12 +85,14 @@ def mirror_descent(log_mu, q, eta):
 
 
 def coordinate_update(log_learner, log_guider, j):
-    """argmin over pi^j alone of KL(prod_i pi^i, mu^): pi^j ~ exp(E_{a_-j}[log mu^(a|s)]). (S, A_j)"""
+    """argmin over pi^j alone of KL(prod_i pi^i, mu^): pi^j ~ exp(E_{a_-j}[log mu^(a|s)]).
+    (S, A_j)"""
     return log_softmax(expectation_for(j, log_guider, log_learner), axis=1)
 
 
 def sweep(log_learner, log_guider):
-    """Every agent once, in turn: agent j answers to the new policies of agents < j and the old ones of agents > j."""
+    """Every agent once, in turn: agent j answers to the new policies of agents < j and the old ones
+    of agents > j."""
     log_learner = list(log_learner)
     for j in range(len(log_learner)):
         log_learner[j] = coordinate_update(log_learner, log_guider, j)
@@ -83,7 +100,8 @@ def sweep(log_learner, log_guider):
 
 
 def project_reverse_kl(log_learner, log_guider, max_sweeps=200):
-    """Step 3: a local argmin of KL(pi, mu^) over product policies. No sweep raises the KL: stopping early is safe."""
+    """Step 3: a local argmin of KL(pi, mu^) over product policies. No sweep raises the KL: stopping
+    early is safe."""
     previous = kl(joint(log_learner), log_guider)
     for _ in range(max_sweeps):
         log_learner = sweep(log_learner, log_guider)
@@ -96,18 +114,24 @@ def project_reverse_kl(log_learner, log_guider, max_sweeps=200):
 
 
 def project_forward_kl(log_learner, log_guider):
-    """argmin KL(mu^, pi), the direction of the imitation loss as coded: the learner takes the guider's marginals."""
+    """argmin KL(mu^, pi), the direction of the imitation loss as coded: the learner takes the
+    guider's marginals."""
     axes = range(1, log_guider.ndim)
-    return [logsumexp(log_guider, axis=tuple(axis for axis in axes if axis != 1 + j)) for j in range(len(axes))]
+    return [
+        logsumexp(log_guider, axis=tuple(axis for axis in axes if axis != 1 + j))
+        for j in range(len(axes))
+    ]
 
 
 def project_simultaneous(log_learner, log_guider):
-    """Not MAGPO: every agent answers to the OLD policies of all the others, as independent learners do."""
+    """Not MAGPO: every agent answers to the OLD policies of all the others, as independent learners
+    do."""
     return [coordinate_update(log_learner, log_guider, j) for j in range(len(log_learner))]
 
 
 def four_steps(game, log_learner, eta, iterations, project=project_reverse_kl, backtrack=True):
-    """Yields (Q_{mu_k}, guider mu^_k, learner pi_{k+1}) for k = 0, 1, .. Without backtracking this is CTDS."""
+    """Yields (Q_{mu_k}, guider mu^_k, learner pi_{k+1}) for k = 0, 1, .. Without backtracking this
+    is CTDS."""
     log_mu = joint(log_learner)
     for _ in range(iterations):
         _, q = evaluate(game, log_mu)  # STEP 1/4
@@ -118,23 +142,29 @@ def four_steps(game, log_learner, eta, iterations, project=project_reverse_kl, b
 
 
 def random_game(seed):
-    """A dense random game (2-4 states, 2-3 agents, 2-3 actions each, V in [0, 10]) and a random product policy."""
+    """A dense random game (2-4 states, 2-3 agents, 2-3 actions each, V in [0, 10]) and a random
+    product policy."""
     rng = np.random.default_rng(seed)
     num_states, actions = rng.integers(2, 5), tuple(rng.integers(2, 4, size=rng.integers(2, 4)))
     reward = rng.uniform(size=(num_states, *actions))
     transition = rng.dirichlet(np.ones(num_states), size=(num_states, *actions))
-    return Game(reward, transition, 0.9), [np.log(rng.dirichlet(np.ones(n), size=num_states)) for n in actions]
+    return Game(reward, transition, 0.9), [
+        np.log(rng.dirichlet(np.ones(n), size=num_states)) for n in actions
+    ]
 
 
 @pytest.mark.parametrize("eta", [0.1, 1.0, 10.0, 100.0])
 def test_theorem_4_1_value_never_falls_in_any_state(eta):
-    """50 games x 30 steps: no drop beyond 2e-14; least total rise per state 0.17, 1.1, 1.2, 1.2 for the four eta."""
+    """50 games x 30 steps: no drop beyond 2e-14; least total rise per state 0.17, 1.1, 1.2, 1.2 for
+    the four eta."""
     for seed in range(50):
         game, log_learner = random_game(seed)
         start = value = evaluate(game, joint(log_learner))[0]
         for q, _, log_new in four_steps(game, log_learner, eta, iterations=30):
             expected_advantage = expectation(q, log_new, range(len(log_new))).ravel() - value
-            assert np.all(expected_advantage >= kl(joint(log_new), joint(log_learner)) / eta - 1e-10)
+            assert np.all(
+                expected_advantage >= kl(joint(log_new), joint(log_learner)) / eta - 1e-10
+            )
             new_value = evaluate(game, joint(log_new))[0]
             assert np.all(new_value >= value - 1e-10)  # in every state, hence V_rho for every rho
             log_learner, value = log_new, new_value
@@ -143,15 +173,18 @@ def test_theorem_4_1_value_never_falls_in_any_state(eta):
 
 @pytest.mark.parametrize("project", [project_simultaneous, project_forward_kl])
 def test_theorem_4_1_needs_the_reverse_kl_and_the_agents_in_turn(project):
-    """What the proof does not cover can fail: at eta 100, V drops by more than 1e-3 in 24 of 1500 iterations
-    (simultaneous, by up to 3.3) and in 8 (forward KL, by up to 0.74); at eta 1 in none. That is about the guarantee,
-    not the outcome: at eta 100 the forward KL ends higher on average (mean rise 4.2; reverse KL 3.9)."""
+    """What the proof does not cover can fail: at eta 100, V drops by more than 1e-3 in 24 of 1500
+    iterations (simultaneous, by up to 3.3) and in 8 (forward KL, by up to 0.74); at eta 1 in none.
+    That is about the guarantee, not the outcome: at eta 100 the forward KL ends higher on average
+    (mean rise 4.2; reverse KL 3.9)."""
     worst_change = {}
     for eta in (1.0, 100.0):
         worst_change[eta] = 0.0
         for seed in range(50):
             game, log_learner = random_game(seed)
-            learners = [log_learner] + [log_new for _, _, log_new in four_steps(game, log_learner, eta, 30, project)]
+            learners = [log_learner] + [
+                log_new for _, _, log_new in four_steps(game, log_learner, eta, 30, project)
+            ]
             values = np.stack([evaluate(game, joint(learner))[0] for learner in learners])
             worst_change[eta] = min(worst_change[eta], np.diff(values, axis=0).min())
     assert worst_change[1.0] > -1e-10 and worst_change[100.0] < -0.1
@@ -169,26 +202,30 @@ def test_limit_is_a_local_optimum():
 
 
 def sequential_gain(j, q, log_old, log_new):
-    """E_{a_<j ~ new}[A^j(s, a_<j, a_j)], A^j = Q^{1..j} - Q^{1..j-1}; agents left out of a Q follow pi_k. (S, A_j)"""
+    """E_{a_<j ~ new}[A^j(s, a_<j, a_j)], A^j = Q^{1..j} - Q^{1..j-1}; agents left out of a Q follow
+    pi_k. (S, A_j)"""
     agents = range(len(log_old))
     advantage = expectation(q, log_old, agents[j + 1 :]) - expectation(q, log_old, agents[j:])
     return expectation(advantage, log_new, agents[:j]).reshape(log_old[j].shape)
 
 
 def sequential_objective(pi, gain, log_old, eta):
-    """eta E_{pi^j}[gain] - KL(pi^j, pi^j_k): Corollary 4.2, times eta. pi (.., S, A_j) -> (.., S)"""
+    """eta E_{pi^j}[gain] - KL(pi^j, pi^j_k): Corollary 4.2, times eta. pi (.., S, A_j) ->
+    (.., S)"""
     return (pi * (eta * gain - np.log(pi) + log_old)).sum(axis=-1)
 
 
 @pytest.mark.parametrize("eta", [0.1, 1.0, 10.0])
 def test_corollary_4_2_one_sweep_is_the_sequential_update(eta):
-    """Exactly equal: the first sweep from pi_k, and for j = 0, 1, .. in turn, with a_<j from the policies just updated,
-    pi^j = argmax E[A^j(s, a_<j, a_j)] - KL(pi^j, pi^j_k) / eta, that is pi^j ~ pi^j_k exp(eta E[A^j]). The reason:
-    log mu^ = sum_i log pi^i_k + eta Q + const, so agent j's coordinate update averages eta Q over new earlier and old
-    later agents, which is eta E[A^j] + const(s). The maximised terms are >= 0 and add up to J of (*): one sweep is
-    enough for Theorem 4.1.
-    Not equal: the joint argmin over product policies, where agent j answers to NEW later agents too. There only the
-    last agent obeys the corollary's formula; the first is off by O(eta^2), at most 0.03 eta^2 in probability here."""
+    """Exactly equal: the first sweep from pi_k, and for j = 0, 1, .. in turn, with a_<j from the
+    policies just updated, pi^j = argmax E[A^j(s, a_<j, a_j)] - KL(pi^j, pi^j_k) / eta, that is
+    pi^j ~ pi^j_k exp(eta E[A^j]). The reason: log mu^ = sum_i log pi^i_k + eta Q + const, so agent
+    j's coordinate update averages eta Q over new earlier and old later agents, which is
+    eta E[A^j] + const(s). The maximised terms are >= 0 and add up to J of (*): one sweep is enough
+    for Theorem 4.1.
+    Not equal: the joint argmin over product policies, where agent j answers to NEW later agents
+    too. There only the last agent obeys the corollary's formula; the first is off by O(eta^2), at
+    most 0.03 eta^2 in probability here."""
     first_gap, rng = 0.0, np.random.default_rng(0)
     for seed in range(50):
         game, log_old = random_game(seed)
@@ -199,43 +236,63 @@ def test_corollary_4_2_one_sweep_is_the_sequential_update(eta):
             gain = sequential_gain(j, q, log_old, log_new)
             assert np.abs(log_softmax(log_old[j] + eta * gain, axis=1) - log_new[j]).max() < 1e-10
             best = sequential_objective(np.exp(log_new[j]), gain, log_old[j], eta)
-            distance = 10 ** rng.uniform(-4, 0, size=(500, 1, 1))  # rivals both near the claimed argmax and far from it
+            # rivals both near the claimed argmax and far from it
+            distance = 10 ** rng.uniform(-4, 0, size=(500, 1, 1))
             rival = rng.dirichlet(np.ones(gain.shape[1]), size=(500, len(gain)))
             rival = (1 - distance) * np.exp(log_new[j]) + distance * rival
-            assert np.all(sequential_objective(rival, gain, log_old[j], eta) <= best + 1e-12) and np.all(best > -1e-12)
+            assert np.all(
+                sequential_objective(rival, gain, log_old[j], eta) <= best + 1e-12
+            ) and np.all(best > -1e-12)
             total += best
         log_z = logsumexp((joint(log_old) + eta * q).reshape(len(value), -1), axis=1) - eta * value
         assert np.abs(total - (log_z - kl(joint(log_new), log_guider))).max() < 1e-10
 
         log_argmin, last = project_reverse_kl(log_old, log_guider), len(log_old) - 1
-        formula = {j: log_softmax(log_old[j] + eta * sequential_gain(j, q, log_old, log_argmin), 1) for j in (0, last)}
+        formula = {
+            j: log_softmax(log_old[j] + eta * sequential_gain(j, q, log_old, log_argmin), 1)
+            for j in (0, last)
+        }
         assert np.abs(formula[last] - log_argmin[last]).max() < 1e-10
         first_gap = max(first_gap, np.abs(np.exp(formula[0]) - np.exp(log_argmin[0])).max())
-    assert 0.004 * eta**2 < first_gap < 0.1 * eta**2  # seen: 0.029, 0.029 and (saturated) 0.009 times eta^2
+    # seen: 0.029, 0.029 and (saturated) 0.009 times eta^2
+    assert 0.004 * eta**2 < first_gap < 0.1 * eta**2
 
 
 def sum_game(num_agents, num_actions, target):
-    """One state, one step: reward 1 if the actions 0..A-1 sum to the target. CoordSum without its observer."""
+    """One state, one step: reward 1 if the actions 0..A-1 sum to the target. CoordSum without its
+    observer."""
     total = sum(spread(np.arange(num_actions)[None], j, num_agents) for j in range(num_agents))
     return Game((total == target).astype(float), np.ones((*total.shape, 1)), 0.0)
 
 
-@pytest.mark.parametrize("num_agents, num_actions, target, student_bound", [(3, 10, 10, 0.12), (2, 2, 1, 0.6)])
-def test_without_backtracking_the_student_cannot_follow_its_teacher(num_agents, num_actions, target, student_bound):
-    """The CTDS teacher keeps every solution (63 of 1000 joint actions; 2 of 4), a mixture that has no product form.
-    Values after 30 iterations at eta 3 over ten starts close to uniform (itself worth 0.063; 0.5), 1.00 = above 0.999:
-        projection                  CTDS teacher   CTDS student                 guider, learner with backtracking
-        forward KL (as coded)       1.00           0.084..0.089; 0.500..0.516   1.00, 1.00
-        reverse KL (Theorem 4.1)    1.00           1.00                         1.00, 1.00
-    So this failure takes both: no backtracking, and the forward KL, which fits the teacher's marginals. The exact
-    reverse KL lets the student settle on one solution. With backtracking either direction succeeds."""
+@pytest.mark.parametrize(
+    "num_agents, num_actions, target, student_bound", [(3, 10, 10, 0.12), (2, 2, 1, 0.6)]
+)
+def test_without_backtracking_the_student_cannot_follow_its_teacher(
+    num_agents, num_actions, target, student_bound
+):
+    """The CTDS teacher keeps every solution (63 of 1000 joint actions; 2 of 4), a mixture that has
+    no product form.
+    Values after 30 iterations at eta 3 over ten starts close to uniform (itself worth 0.063; 0.5),
+    1.00 = above 0.999:
+                                  CTDS      CTDS                         guider, learner
+        projection                teacher   student                      with backtracking
+        forward KL (as coded)     1.00      0.084..0.089; 0.500..0.516   1.00, 1.00
+        reverse KL (Theorem 4.1)  1.00      1.00                         1.00, 1.00
+    So this failure takes both: no backtracking, and the forward KL, which fits the teacher's
+    marginals. The exact reverse KL lets the student settle on one solution. With backtracking
+    either direction succeeds."""
     game = sum_game(num_agents, num_actions, target)
     for seed in range(10):
-        logits = 0.1 * np.random.default_rng(seed).normal(size=(num_agents, 1, num_actions))  # breaks the symmetry
+        # breaks the symmetry
+        logits = 0.1 * np.random.default_rng(seed).normal(size=(num_agents, 1, num_actions))
         start = list(log_softmax(logits, axis=-1))
         for project, backtrack in product((project_forward_kl, project_reverse_kl), (False, True)):
             *_, (_, log_guider, log_learner) = four_steps(game, start, 3.0, 30, project, backtrack)
-            guider_value, learner_value = evaluate(game, log_guider)[0], evaluate(game, joint(log_learner))[0]
+            guider_value, learner_value = (
+                evaluate(game, log_guider)[0],
+                evaluate(game, joint(log_learner))[0],
+            )
             assert guider_value > 0.999
             if project is project_forward_kl and not backtrack:
                 assert learner_value < student_bound
