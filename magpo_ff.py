@@ -1368,6 +1368,13 @@ class Logger:
         self.rows = [json.loads(line) for line in text.splitlines()]
         self.open(wandb_id)
 
+    def begin(self, done: int, total: int) -> None:
+        """Training begins: the time left is reckoned from here."""
+        self.total = total
+        self.bar.reset(total)
+        self.bar.initial = done
+        self.bar.update(done)
+
     def log(self, row: dict) -> None:
         """Adds an evaluation's row, everywhere under the same keys."""
         if not self.is_main:
@@ -1404,7 +1411,7 @@ class Logger:
             collecting = f"collecting {mean:.2f}"
         self.bar.set_postfix_str(f"{self.returns}  {collecting}")
         if self.bar.disable:
-            minutes = (self.args.total_timesteps - global_step) / speed / 60
+            minutes = (self.total - global_step) / speed / 60
             left = f"SPS {speed:.0f}  {minutes:.0f} min left"
             print(f"global_step={global_step}  {collecting}  {left}", flush=True)
             self.next_line = time.time() + 60
@@ -1476,9 +1483,7 @@ def train(args: Args, env: TeamEnv, devices: list, logger: Logger, stop: StopSig
     iterate = compile_ahead(iterate, state)
     play_both = compile_ahead(play_both, state.params, keys)
     progress.compile_seconds += time.time() - start
-    logger.bar.reset(num_iterations * steps_per_iteration)  # the time left is reckoned from here
-    logger.bar.initial = progress.iteration * steps_per_iteration
-    logger.bar.update(logger.bar.initial)
+    logger.begin(progress.iteration * steps_per_iteration, num_iterations * steps_per_iteration)
 
     def save() -> None:
         if logger.is_main:

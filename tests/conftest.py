@@ -197,14 +197,19 @@ class Clock:
 
 
 class RowLogger:
-    """A logger that keeps the rows, what the progress bar is told, and the error that ended the run."""
+    """A logger that keeps the rows, what it is shown, and the error that ended the run."""
 
     def __init__(self):
         self.rows, self.error = [], None
         self.log = self.rows.append
-        self.bar = types.SimpleNamespace(total=None, updates=[])
-        self.bar.update = self.bar.updates.append
-        self.bar.reset = lambda total=None: setattr(self.bar, "total", total)
+        self.is_main, self.folder = True, ""
+        self.total, self.updates = None, []
+
+    def begin(self, done, total):
+        self.total = total
+
+    def update(self, num_steps, global_step, episodes, speed):
+        self.updates.append((num_steps, global_step, float(episodes["number"][0]), speed))
 
 
 def train_with_stand_ins(script, clock, has_win_rate=False, finite_until=1000, **flags):
@@ -229,7 +234,7 @@ def train_with_stand_ins(script, clock, has_win_rate=False, finite_until=1000, *
         finite = jnp.where(iteration <= finite_until, num_updates, 0.0)
         metrics = {
             "losses": {"value_loss": number * number},
-            "finite": {"value_loss": finite},
+            "num_finite": {"value_loss": finite},
             "episodes": {"number": number, "return": 10 * number, "length": 20 * number},
         }
         return state._replace(params={**state.params, "iteration": iteration}), metrics
@@ -244,7 +249,8 @@ def train_with_stand_ins(script, clock, has_win_rate=False, finite_until=1000, *
 
     sizes = {"num_envs": 4, "num_steps": 8, "eval_episodes": 4}
     updates = {"update_epochs": 2, "num_minibatches": 2}
-    args = script.Args(**sizes, **updates, **flags)
+    args = script.Args(**sizes, **updates, **flags, save=False)
+    stop = types.SimpleNamespace(number=0, is_set=lambda: False)
     env = types.SimpleNamespace(num_agents=2, num_actions=3, has_win_rate=has_win_rate)
     logger = RowLogger()
     with pytest.MonkeyPatch.context() as patch:
@@ -252,7 +258,7 @@ def train_with_stand_ins(script, clock, has_win_rate=False, finite_until=1000, *
             patch.setattr(script, stand_in.__name__, stand_in)
         patch.setattr(script, "time", clock)
         try:
-            script.train(args, env, jax.local_devices()[: args.num_devices], logger)
-        except FloatingPointError as error:
+            script.train(args, env, jax.local_devices()[: args.num_devices], logger, stop)
+        except script.RunError as error:
             logger.error = error
     return logger

@@ -102,11 +102,15 @@ def test_times_and_speed(loop):
     assert len({row["time/compile_s"] for row in logger.rows}) == 1
 
 
-def test_progress_bar_is_full_at_the_end(loop):
-    """The bar counts the steps of whole iterations, and is told of each iteration."""
-    logger, _ = loop
-    assert logger.bar.total == 7 * STAND_IN_STEPS
-    assert logger.bar.updates == [STAND_IN_STEPS] * 7
+def test_progress_is_shown_after_each_iteration(loop):
+    """With the steps so far, the episodes that ended since the last evaluation, and the speed."""
+    logger, clock = loop
+    assert logger.total == 7 * STAND_IN_STEPS
+    num_steps, global_steps, num_episodes, speeds = zip(*logger.updates)
+    assert num_steps == (STAND_IN_STEPS,) * 7
+    assert global_steps == tuple(STAND_IN_STEPS * i for i in range(1, 8))
+    assert num_episodes == (1, 3, 6, 4, 9, 6, 13)
+    np.testing.assert_allclose(speeds, STAND_IN_STEPS / clock.per_iteration)
 
 
 def test_each_evaluation_has_a_key_of_its_own(loop):
@@ -158,8 +162,9 @@ def test_evaluation_row_is_about_the_learner(script):
     returns = np.array([[1.0, 3.0], [5.0, 7.0]])  # (D, episodes)
     lengths = np.array([[2.0, 4.0], [6.0, 8.0]])
     wins = np.array([[0.0, 1.0], [1.0, 1.0]])
-    learner_results = (returns, lengths, wins)
-    guider_results = (np.zeros((2, 2)), np.full((2, 2), 9.0), np.zeros((2, 2)))
+    ended = np.ones((2, 2))
+    learner_results = script.Episodes(returns, lengths, wins, ended)
+    guider_results = script.Episodes(np.zeros((2, 2)), np.full((2, 2), 9.0), ended, ended)
     row = script.eval_row(learner_results, guider_results, True)
     assert (row["eval/learner_return"], row["eval/guider_return"]) == (4, 0)
     assert (row["eval/episodic_length"], row["eval/win_rate"]) == (5, 0.75)
@@ -276,7 +281,7 @@ def first_state(script, parts, optimizers, key):
 
     params = random_like(jax.eval_shape(init_state, params_key, key).params, seed=1)
     opt_state = [optimizer.init(p) for optimizer, p in zip(optimizers, params)]
-    return all_but_parameters()._replace(params=params, opt_state=script.Params(*opt_state))
+    return all_but_parameters()._replace(params=params, opt_state=script.Pair(*opt_state))
 
 
 # ---------------------------------------------------------------------------------- one iteration
@@ -342,7 +347,7 @@ def iterations(request):
         norm_adv=False,
         gamma=0.0,
     )
-    optimizers = script.Params(recording_optimizer(), recording_optimizer())
+    optimizers = script.Pair(recording_optimizer(), recording_optimizer())
     collect, collected = script.collect, []
 
     def collect_and_keep(*inputs):
@@ -466,7 +471,7 @@ def test_losses_are_means_over_all_samples(iterations):
     rollout = iterations.rollout
     expected = 0.5 * np.mean(np.square(rollout.reward - rollout.value))
     np.testing.assert_allclose(metrics["losses"]["value_loss"], expected, rtol=1e-5)
-    for count in metrics["finite"].values():
+    for count in metrics["num_finite"].values():
         np.testing.assert_array_equal(count, NUM_UPDATES)
 
 
@@ -497,7 +502,7 @@ def test_greedy_evaluation(script):
     """With --eval-greedy all episodes from one start state are the same, with both networks."""
     evaluate, params = evaluations(script, 1, eval_greedy=True)
     for key in jax.random.split(jax.random.PRNGKey(0), 3):
-        for total, length, _ in evaluate(params, key):
+        for total, length, _, _ in evaluate(params, key):
             assert total.shape == (8,) and np.all(length == 3)
             assert len(set(np.asarray(total))) == 1
 
@@ -507,9 +512,9 @@ def test_evaluation(script):
     """Both networks play from the same start states, each with parameters of its own."""
     evaluate, params = evaluations(script, 64)
     key = jax.random.PRNGKey(0)
-    (learner_return, length, won), (guider_return, guider_length, guider_won) = evaluate(
-        params, key
-    )
+    learner_episodes, guider_episodes = evaluate(params, key)
+    learner_return, length, won, _ = learner_episodes
+    guider_return, guider_length, guider_won, _ = guider_episodes
     assert len(set(np.asarray(length))) > 1 and 0 < np.mean(won) < 1
     np.testing.assert_array_equal(length, guider_length)
     np.testing.assert_array_equal(won, guider_won)
@@ -608,7 +613,7 @@ class Lights:
 
 def make_team_env(script, env):
     """A TeamEnv whose agents see what the environment shows them."""
-    return script.TeamEnv(env, lambda observation: observation.agents_view)
+    return script.TeamEnv(env)
 
 
 @pytest.mark.parametrize(
@@ -629,3 +634,15 @@ def test_discount_of_the_team(script, last, discounts, expected):
     env = make_team_env(script, Lights())
     _, outcome = env.step((jnp.asarray(last), jnp.asarray(discounts)), jnp.zeros(2, jnp.int32))
     assert (bool(outcome.last), float(outcome.discount)) == (last, expected)
+
+
+# ------------------------------------------------------------------------- episodes without an end
+@pytest.mark.parametrize("script", scripts_with("evaluate", "eval_row"))
+def test_endless_episodes_end_the_run(script, monkeypatch):
+    """Evaluation gives up after a bounded number of steps, and the row says so in one line."""
+    monkeypatch.setattr(script, "MAX_EPISODE_STEPS", 5)  # an episode takes 3 to 6 steps
+    evaluate, params = evaluations(script, 64)
+    episodes = evaluate(params, jax.random.PRNGKey(0))
+    assert np.max(episodes[0].length) == 5 and 0 < np.mean(episodes[0].ended) < 1
+    with pytest.raises(script.RunError, match=r"episodes have not ended after 5 steps$"):
+        script.eval_row(*jax.tree.map(np.asarray, episodes), False)
