@@ -42,7 +42,6 @@ import re
 import signal
 import sys
 import time
-import zipfile
 from typing import Any, Callable, Literal, NamedTuple, Optional, Tuple
 
 import distrax
@@ -1190,8 +1189,9 @@ def load_checkpoint(folder: str, like: Any) -> Tuple[Any, Progress]:
             if (x.shape, x.dtype) != (y.shape, y.dtype):
                 raise ValueError(f"it has {x.dtype} {x.shape} in place of {y.dtype} {y.shape}")
         return jax.tree.unflatten(structure, leaves), Progress(**about["progress"])
-    except (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
-        raise FlagError(f"--resume: cannot use {paths[newest]}: {error}") from error
+    except Exception as error:  # a damaged file may raise about any
+        reason = str(error).partition("\n")[0]
+        raise FlagError(f"--resume: cannot use {paths[newest]}: {reason}") from error
 
 
 def parse_args() -> Args:

@@ -245,6 +245,7 @@ def train_with_stand_ins(script, clock, has_win_rate=False, finite_until=1000, *
 
     def eval_row(learner_results, guider_results, has_win_rate):
         row = {"eval/params": learner_results, "eval/key": guider_results}
+        row["eval/learner_return"] = 0.0
         return row | {"eval/has_win_rate": has_win_rate}
 
     sizes = {"num_envs": 4, "num_steps": 8, "eval_episodes": 4}
