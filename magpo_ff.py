@@ -152,6 +152,7 @@ def start_jax(args: Args) -> None:
             num_processes = int(os.environ["JAX_NUM_PROCESSES"])
             settings["num_processes"] = num_processes
             settings["process_id"] = int(os.environ["JAX_PROCESS_ID"])
+        jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM away
         try:
             jax.distributed.initialize(
                 **settings, heartbeat_timeout_seconds=30, shutdown_timeout_seconds=30)
@@ -1579,6 +1580,13 @@ def main() -> int:
     except RunError as error:
         print(f"{script}: error: {error}", file=sys.stderr)
         status = 1
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        print(f"{script}: error: another process is lost: {error}", file=sys.stderr)
+        status = 1
+    if status == 1 and jax.process_count() > 1:
+        os._exit(status)  # a common exit would wait for the other processes
     return status
 
 

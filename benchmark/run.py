@@ -7,9 +7,9 @@ where it stopped.
 
 Start it in the repository's root: it runs the commands as they stand, but with the Python that it
 runs under itself. A command counts as finished if its run dir holds a run of the same script with
-the same arguments, the script's defaults included, that was evaluated at its last step. What an
-interrupted run of the same name left behind is removed before it is started again, so do not run a
-command by hand while a sweep runs it, too. Finished runs are never removed.
+the same arguments, the script's defaults included, that was evaluated at its last step. A run that
+was interrupted goes on from its checkpoint (`--resume`); one of the same name that left none is
+removed first, so do not run a command by hand while a sweep runs it, too.
 
 --jobs J runs J commands at a time. On Linux each gets its own share of the CPU's cores: two runs
 side by side on half of the cores each are done sooner than one after the other on all of them. On
@@ -18,6 +18,7 @@ one GPU, stay with --jobs 1.
 import argparse
 import ast
 import functools
+import glob
 import json
 import os
 import re
@@ -66,8 +67,9 @@ def parse(line: str) -> tuple:
 
 def run_name(args: dict) -> str:
     """The name of a run's folder without the time at its end."""
+    env_id = re.sub(r"[^\w.=-]", "_", args["env_id"])
     scenario = re.sub(r"[^\w.=-]", "_", args["scenario"])
-    return f"{args['env_id']}__{scenario}__{args['exp_name']}__{args['seed']}"
+    return f"{env_id}__{scenario}__{args['exp_name']}__{args['seed']}"
 
 
 def read_run(folder: str) -> tuple:
@@ -96,34 +98,46 @@ def find_runs(args: dict) -> list:
     ]
 
 
+def is_of(script: str, args: dict, about: dict) -> bool:
+    """True if a run's args.json is of this script with these arguments."""
+    ignored = {"run_dir", "resume", "cache"}
+    if args["num_devices"] == 0:
+        ignored.add("num_devices")  # the number used is recorded
+    if not about or os.path.basename(about["command"].split()[0]) != os.path.basename(script):
+        return False
+    recorded = read_defaults(script) | about["args"]  # a new flag counts with its default
+    return all(recorded[name] == args[name] for name in args.keys() - ignored)
+
+
 def is_finished(script: str, args: dict) -> bool:
     """True if there is a complete run of this script with these arguments."""
-    # 0 is recorded as the number used
-    ignored = {"run_dir"} | ({"num_devices"} if args["num_devices"] == 0 else set())
-    for about, _, complete in map(read_run, find_runs(args)):
-        same = complete and os.path.basename(about["command"].split()[0]) == os.path.basename(
-            script
-        )
-        if same and all(
-            (read_defaults(script) | about["args"])[name] == args[name]
-            for name in args.keys() - ignored
-        ):
-            return True  # a flag that was not there yet counts with its default
-    return False
+    runs = map(read_run, find_runs(args))
+    return any(complete and is_of(script, args, about) for about, _, complete in runs)
+
+
+def find_interrupted(script: str, args: dict) -> list:
+    """Folders of runs with these arguments that can be resumed."""
+    folders = [x for x in find_runs(args) if glob.glob(os.path.join(x, "checkpoint_*"))]
+    return [x for x in folders if is_of(script, args, read_run(x)[0])]
 
 
 def start(line: str, args: dict, cores: list) -> subprocess.Popen:
-    """Starts a command on some of the CPU's cores (empty: on all), its output in a file beside the
-    run's folder."""
+    """Starts a command, or goes on with it, on some of the CPU's cores (empty: on all).
+
+    Its output goes to a file beside the run's folder.
+    """
+    words = [sys.executable] + shlex.split(line)[1:]
+    interrupted = find_interrupted(words[1], args)
+    if interrupted:
+        words += ["--resume", interrupted[-1]]
     for folder in find_runs(args):
-        if not read_run(folder)[2]:
-            shutil.rmtree(folder)
+        if not glob.glob(os.path.join(folder, "checkpoint_*")) and not read_run(folder)[2]:
+            shutil.rmtree(folder)  # nothing to go on from
     os.makedirs(args["run_dir"], exist_ok=True)
     all_cores = os.sched_getaffinity(0) if cores else None
     if cores:
         os.sched_setaffinity(0, cores)  # the child inherits it
-    with open(os.path.join(args["run_dir"], run_name(args) + ".log"), "w") as log:
-        words = [sys.executable] + shlex.split(line)[1:]
+    with open(os.path.join(args["run_dir"], run_name(args) + ".log"), "a") as log:
         child = subprocess.Popen(
             words, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
         )

@@ -297,6 +297,22 @@ def test_an_interrupted_sweep_continues_where_it_stopped(toy, tmp_path):
     )
 
 
+def test_an_interrupted_run_goes_on_from_its_checkpoint(toy, tmp_path, monkeypatch):
+    line = "python toy.py --run-dir out --exp-name a --total-timesteps 100"
+    assert toy([line]).returncode == 0
+    (folder,) = (path for path in tmp_path.glob("out/*") if path.is_dir())
+    rows = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (folder / "metrics.jsonl").write_text("".join(rows[:-1]))
+    (folder / "checkpoint_5_0.npz").touch()
+    started = []
+    monkeypatch.setattr(run.subprocess, "Popen", lambda words, **_: started.append(words))
+    for command in (line, line + " --seed 2"):
+        run.start(command, run.parse(command)[1], cores=[])
+    resumed, fresh = started
+    assert resumed[-2:] == ["--resume", os.path.join("out", folder.name)]
+    assert "--resume" not in fresh and folder.is_dir()
+
+
 def test_finished_runs_with_other_flags_are_kept(toy, tmp_path):
     for delta in ("1.1", "1.2"):
         assert toy([f"python toy.py --run-dir out --delta {delta}"]).returncode == 0

@@ -237,7 +237,7 @@ def test_wandb_gets_the_same_rows(script, monkeypatch, tmp_path, capsys):
     def init(**kwargs):
         given.update(kwargs)
         return types.SimpleNamespace(
-            log=lambda row, step: logged.append((step, dict(row))),
+            log=lambda row, step: logged.append((step, dict(row))), id="an id",
             finish=lambda: logged.append("finish"),
         )
 
@@ -491,8 +491,9 @@ def test_interrupt(script, environ, tmp_path):
         assert time.time() - start < 30
     finally:
         process.kill()
-    assert (process.returncode, err) == (130, f"{script.__name__}.py: interrupted\n")
     folder, rows = read_rows(tmp_path / "out")
+    goes_on = f"--resume {pathlib.Path('out') / folder.name} goes on"
+    assert (process.returncode, err) == (130, f"{script.__name__}.py: interrupted, {goes_on}\n")
     assert len(rows) >= 2 and rows[1]["global_step"] == 64 and folder.name in out
     check_png(folder / "learning_curve.png")
 

@@ -1,0 +1,128 @@
+"""Tests of several processes: two on this machine, with two CPU devices each, are one with four."""
+
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import scripts_with
+
+SCRIPT = scripts_with("start_jax", "main")[0].values[0]  # the same text in all, see test_twins
+FLAGS = """--env-id CoordSum-v0 --scenario 2x3-4 --num-envs 8 --num-steps 8 --eval-episodes 4
+           --embed-dim 8 --learner-hidden-dim 8 --update-epochs 1 --num-devices 4""".split()
+BUDGET = ["--total-timesteps", "640", "--num-evals", "2"]
+
+
+@pytest.fixture(scope="module")
+def environ(tmp_path_factory):
+    """The variables for runs: a shared cache of compiled programs, hardly any optimisation."""
+    cache = str(tmp_path_factory.mktemp("cache"))
+    return os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": cache,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "PYTHONUNBUFFERED": "1",
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+    }
+
+
+def start(flags, environ):
+    """Starts a process of the script."""
+    command = [sys.executable, SCRIPT.__file__, *flags]
+    return subprocess.Popen(
+        command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def start_two(flags, environ):
+    """Starts two processes of one run."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    together = environ | {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+    return [
+        start([*flags, "--distributed"], together | {"JAX_PROCESS_ID": str(i)}) for i in range(2)]
+
+
+def finish(processes):
+    """Waits for processes -> their exit statuses, what the first printed, all that they warned."""
+    try:
+        results = [process.communicate(timeout=300) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    err = "".join(err for _, err in results)
+    return [process.returncode for process in processes], results[0][0], err
+
+
+def run_folder(run_dir):
+    (folder,) = pathlib.Path(run_dir).iterdir()
+    return folder
+
+
+def read_rows(folder):
+    """The rows of metrics.jsonl without what depends on the clock."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    clocks = ("time/", "charts/SPS")
+    return [{k: x for k, x in row.items() if not k.startswith(clocks)} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def one(environ, tmp_path_factory):
+    """The folder of a run in one process."""
+    run_dir = tmp_path_factory.mktemp("one")
+    statuses, _, err = finish([start([*FLAGS, *BUDGET, "--run-dir", str(run_dir)], environ)])
+    assert statuses == [0], err
+    return run_folder(run_dir)
+
+
+def test_two_processes_are_one(one, environ, tmp_path):
+    """The same losses and returns up to the order of a sum; one folder, logged by one."""
+    flags = [*FLAGS, *BUDGET, "--run-dir", str(tmp_path)]
+    statuses, out, err = finish(start_two(flags, environ))
+    assert statuses == [0, 0], err
+    folder = run_folder(tmp_path)
+    for row, expected in zip(read_rows(folder), read_rows(one), strict=True):
+        assert row.keys() == expected.keys()
+        for name in row:
+            np.testing.assert_allclose(row[name], expected[name], rtol=1e-4, atol=1e-6)
+    assert {path.name for path in folder.glob("checkpoint_*")} == {
+        "checkpoint_10_0.npz", "checkpoint_10_1.npz"}
+    assert out.count("global_step=640 ") == 1
+
+
+def test_two_processes_stop_and_go_on(one, environ, tmp_path):
+    """SIGTERM to one of them stops both after the same iteration; both go on from there."""
+    half = [*FLAGS, "--total-timesteps", "320", "--num-evals", "1", "--run-dir", str(tmp_path)]
+    statuses, _, err = finish(start_two(half, environ))
+    assert statuses == [0, 0], err
+    folder = run_folder(tmp_path)
+    flags = ["--resume", str(folder), "--total-timesteps", "64000000", "--num-evals", "200000"]
+    processes = start_two(flags, environ)
+    while not processes[0].stdout.readline().startswith("global_step=640 "):
+        assert processes[0].poll() is None, processes[0].stderr.read()
+    processes[1].send_signal(signal.SIGTERM)
+    statuses, _, err = finish(processes)
+    assert statuses == [128 + signal.SIGTERM] * 2, err
+    assert read_rows(folder)[:1] == read_rows(one)[:1]
+    last = read_rows(one)[-1]
+    (same,) = [row for row in read_rows(folder) if row["global_step"] == last["global_step"]]
+    for name in ("eval/learner_return", "eval/guider_return"):
+        assert same[name] == last[name]
+    assert len(list(folder.glob("checkpoint_*"))) == 2
+
+
+def test_a_lost_process_ends_the_other(environ, tmp_path):
+    """It ends with a message and a status, not with a hang."""
+    flags = [*FLAGS, "--total-timesteps", "64000000", "--run-dir", str(tmp_path)]
+    processes = start_two(flags, environ)
+    while not processes[0].stdout.readline().startswith("global_step=0 "):
+        assert processes[0].poll() is None, processes[0].stderr.read()
+    processes[0].kill()
+    statuses, _, err = finish(processes)
+    assert statuses[1] not in (0, -signal.SIGKILL)
+    assert "another process is lost" in err or "coordination service" in err
