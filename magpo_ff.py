@@ -1311,6 +1311,7 @@ class Logger:
         self.bar = tqdm(total=args.total_timesteps, unit="step", unit_scale=True, disable=quiet)
         self.bar.set_postfix_str("compiling")
         if self.is_main and not args.resume:
+            write_whole(self.metrics_file, b"")
             self.open(wandb_id=None)
 
     def new_name(self) -> str:
@@ -1363,10 +1364,10 @@ class Logger:
                 if len(text) < progress.metrics_bytes:
                     missing = progress.metrics_bytes - len(text)
                     raise FlagError(f"--resume: {self.metrics_file} lacks {missing} bytes")
+                self.rows = [json.loads(line) for line in text.splitlines()]
                 file.truncate()
-        except OSError as error:
-            raise FlagError(f"--resume: {self.metrics_file}: {error.strerror}") from error
-        self.rows = [json.loads(line) for line in text.splitlines()]
+        except (OSError, json.JSONDecodeError) as error:
+            raise FlagError(f"--resume: cannot use {self.metrics_file}: {error}") from error
         self.open(wandb_id)
 
     def begin(self, done: int, total: int) -> None:
