@@ -371,7 +371,7 @@ def test_smoke_values(smoke):
             and row["losses/guider_grad_norm"] > 0
             and row["losses/learner_grad_norm"] > 0
         )
-    assert [row["charts/learning_rate"] for row in rows[1:]] == [2.5e-4, 2.5e-4]
+    assert [row["charts/learning_rate"] for row in rows[1:]] == [1e-3, 1e-3]
     assert rows[2]["time/train_s"] > rows[1]["time/train_s"] > rows[0]["time/train_s"] == 0
     assert rows[2]["time/eval_s"] > rows[1]["time/eval_s"] > rows[0]["time/eval_s"] > 0
 
