@@ -349,7 +349,7 @@ def test_each_job_has_its_own_cores(toy, tmp_path, jobs):
 def test_every_command_is_one_that_its_script_takes(monkeypatch):
     monkeypatch.chdir(ROOT)
     lines = [line for path in FILES for line in commands(path)]
-    assert len(FILES) == 6 and lines
+    assert len(FILES) == 7 and lines
     for line in lines:
         python, script, *flags = shlex.split(line)
         assert python == "python"
