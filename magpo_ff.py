@@ -1377,16 +1377,17 @@ class Logger:
         self.bar.initial = done
         self.bar.update(done)
 
-    def log(self, row: dict) -> None:
-        """Adds an evaluation's row, everywhere under the same keys."""
+    def log(self, row: dict) -> int:
+        """Adds an evaluation's row, everywhere under the same keys -> bytes written."""
         if not self.is_main:
-            return
+            return 0
         row = {name: float(x) for name, x in row.items()}
         row["global_step"] = int(row["global_step"])
         self.rows.append(row)
+        line = json.dumps(row) + "\n"
         try:
             with open(self.metrics_file, "a") as file:
-                file.write(json.dumps(row) + "\n")
+                file.write(line)
         except OSError as error:
             raise RunError(f"cannot write {self.metrics_file}: {error.strerror}") from error
         if self.wandb:
@@ -1398,6 +1399,7 @@ class Logger:
             speed = f"SPS {row.get('charts/SPS', 0):.0f}"
             print(f"global_step={row['global_step']}  {self.returns}  {speed}", flush=True)
             self.next_line = time.time() + 60
+        return len(line)
 
     def update(self, num_steps: int, global_step: int, episodes: dict, speed: float) -> None:
         """Shows that num_steps more are done: in the bar, or as a line once a minute.
@@ -1437,25 +1439,10 @@ def compile_ahead(function: Callable, *inputs: Any, options: Optional[dict] = No
     return function.lower(*inputs).compile(options)
 
 
-def train(args: Args, env: TeamEnv, devices: list, logger: Logger, stop: StopSignal) -> None:
-    """Compiles, then alternates intervals of training with evaluation, logs and saves.
-
-    Returns early, having saved, if told to stop. Raises FlagError if it cannot resume, RunError if
-    it cannot go on.
-    """
+def make_programs(args: Args, env: TeamEnv, devices: list) -> Tuple[Callable, Callable, Callable]:
+    """What runs on the devices: init, iterate and play_both; leaves are (D, ...) in and out."""
     guider, learner = make_networks(args, env)
     optimizers = make_optimizers(args)
-    steps_per_iteration = args.num_envs * args.num_steps
-    num_iterations = args.total_timesteps // steps_per_iteration
-    evals = range(1, args.num_evals + 1)
-    eval_iterations = {math.ceil(num_iterations * i / args.num_evals) for i in evals}
-
-    def own_keys(key: jax.Array) -> jax.Array:
-        """A key for each device; of those of all processes the ones of this process."""
-        share = args.num_devices // jax.process_count()
-        first = jax.process_index() * share
-        return jax.random.split(key, args.num_devices)[first : first + share]
-
     init = functools.partial(init_state, args, env, guider, learner, optimizers)
     init = jax.pmap(init, in_axes=(None, 0), devices=devices)
     iterate = functools.partial(train_iteration, args, env, guider, learner, optimizers)
@@ -1466,12 +1453,33 @@ def train(args: Args, env: TeamEnv, devices: list, logger: Logger, stop: StopSig
         return jax.lax.all_gather(evaluate(args, env, guider, learner, params, key), "device")
 
     play_both = jax.pmap(evaluate_all, axis_name="device", devices=devices)
+    return init, iterate, play_both
+
+
+def own_keys(args: Args, key: jax.Array) -> jax.Array:
+    """A key for each device; of those of all processes the ones of this process."""
+    share = args.num_devices // jax.process_count()
+    first = jax.process_index() * share
+    return jax.random.split(key, args.num_devices)[first : first + share]
+
+
+def train(args: Args, env: TeamEnv, devices: list, logger: Logger, stop: StopSignal) -> None:
+    """Compiles, then alternates intervals of training with evaluation, logs and saves.
+
+    Returns early, having saved, if told to stop. Raises FlagError if it cannot resume, RunError if
+    it cannot go on.
+    """
+    steps_per_iteration = args.num_envs * args.num_steps
+    num_iterations = args.total_timesteps // steps_per_iteration
+    evals = range(1, args.num_evals + 1)
+    eval_iterations = {math.ceil(num_iterations * i / args.num_evals) for i in evals}
+    init, iterate, play_both = make_programs(args, env, devices)
     add = jax.jit(functools.partial(jax.tree.map, jnp.add))
 
-    # The state and the metrics summed since the last evaluation; every leaf is (D, ...).
+    # Beside the state there are the metrics summed since the last evaluation.
     start = time.time()
     key, params_key, eval_key = jax.random.split(jax.random.PRNGKey(args.seed), 3)
-    keys = own_keys(key)
+    keys = own_keys(args, key)
     state = jax.eval_shape(init, params_key, keys)
     _, sums = jax.eval_shape(iterate, state)
     if args.resume:
@@ -1486,11 +1494,6 @@ def train(args: Args, env: TeamEnv, devices: list, logger: Logger, stop: StopSig
     play_both = compile_ahead(play_both, state.params, keys)
     progress.compile_seconds += time.time() - start
     logger.begin(progress.iteration * steps_per_iteration, num_iterations * steps_per_iteration)
-
-    def save() -> None:
-        if logger.is_main:
-            progress.metrics_bytes = os.path.getsize(logger.metrics_file)
-        save_checkpoint(logger.folder, (state, sums), progress)
 
     for interval_end in [0] + sorted(eval_iterations):
         if interval_end <= progress.last_eval or interval_end < progress.iteration:
@@ -1518,7 +1521,7 @@ def train(args: Args, env: TeamEnv, devices: list, logger: Logger, stop: StopSig
             row["charts/SPS"] = interval * steps_per_iteration / progress.interval_seconds
 
         start = time.time()
-        eval_keys = own_keys(jax.random.fold_in(eval_key, interval_end))
+        eval_keys = own_keys(args, jax.random.fold_in(eval_key, interval_end))
         episodes = play_both(state.params, eval_keys)
         episodes = jax.tree.map(lambda x: np.asarray(x)[0], episodes)  # (D, eval_episodes / D)
         row |= eval_row(*episodes, env.has_win_rate)
@@ -1527,7 +1530,7 @@ def train(args: Args, env: TeamEnv, devices: list, logger: Logger, stop: StopSig
         row["time/compile_s"] = progress.compile_seconds
         row["time/train_s"] = progress.train_seconds
         row["time/eval_s"] = progress.eval_seconds
-        logger.log(row)
+        progress.metrics_bytes += logger.log(row)
 
         progress.last_eval = interval_end
         progress.interval_seconds = 0.0
@@ -1539,10 +1542,10 @@ def train(args: Args, env: TeamEnv, devices: list, logger: Logger, stop: StopSig
             if args.save and logger.is_main:
                 save_networks(logger.folder, "best_", state.params)
         if args.save:
-            save()
+            save_checkpoint(logger.folder, (state, sums), progress)
 
     if args.save and stop.number:
-        save()
+        save_checkpoint(logger.folder, (state, sums), progress)
 
 
 # -------------------- Main ------------------------------------------------------------------------

@@ -201,7 +201,7 @@ class RowLogger:
 
     def __init__(self):
         self.rows, self.error = [], None
-        self.log = self.rows.append
+        self.log = lambda row: self.rows.append(row) or 0
         self.is_main, self.folder = True, ""
         self.total, self.updates = None, []
 
