@@ -92,7 +92,8 @@ def main() -> None:
             raise ValueError(f"--gif {options.gif}: {args.env_id} cannot be drawn")
     except Exception as error:  # a damaged file may raise about any
         reason = str(error).partition("\n")[0]
-        sys.exit(f"enjoy.py: error: {options.run_dir}: {reason}")
+        print(f"enjoy.py: error: {options.run_dir}: {reason}", file=sys.stderr)
+        sys.exit(2)
 
     evaluate = jax.jit(lambda params, key: script.evaluate(args, env, *networks, params, key))
     learner_episodes, guider_episodes = evaluate(params, jax.random.PRNGKey(options.seed))
