@@ -66,6 +66,20 @@ def quick_compile():
     jax.config.update("jax_disable_most_optimizations", before)
 
 
+@pytest.fixture(scope="session")
+def environ(tmp_path_factory):
+    """The variables for runs as processes: a shared cache of compiled programs, and hardly any
+    optimisation; wandb needs no account."""
+    cache = str(tmp_path_factory.mktemp("cache"))
+    return os.environ | {
+        "JAX_COMPILATION_CACHE_DIR": cache,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "PYTHONUNBUFFERED": "1",
+        "WANDB_MODE": "offline",
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+    }
+
+
 def random_params(network, seed, *inputs):
     """Parameters of a network for inputs of these shapes: numbers of order 1 in place of the
     network's own start.

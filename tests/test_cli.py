@@ -5,7 +5,6 @@ import dataclasses
 import inspect
 import json
 import math
-import os
 import pathlib
 import re
 import shutil
@@ -269,18 +268,6 @@ def test_readme_names_every_metric():
 
 
 # ------------------------------------------------------------------------------- runs, as processes
-@pytest.fixture(scope="session")
-def environ(tmp_path_factory):
-    """The variables for runs: a shared cache of compiled programs, hardly any optimisation, no
-    account for wandb."""
-    cache = str(tmp_path_factory.mktemp("cache"))
-    return os.environ | {
-        "WANDB_MODE": "offline", "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": cache,
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "PYTHONUNBUFFERED": "1",
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
-    }
-
-
 def run(path, flags, folder, environ):
     """Runs a script in a folder -> the finished process."""
     command = [sys.executable, str(path), *flags]

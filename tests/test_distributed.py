@@ -1,7 +1,6 @@
 """Tests of several processes: two on this machine, with two CPU devices each, are one with four."""
 
 import json
-import os
 import pathlib
 import signal
 import socket
@@ -16,19 +15,6 @@ SCRIPT = scripts_with("start_jax", "main")[0].values[0]  # the same text in all,
 FLAGS = """--env-id CoordSum-v0 --scenario 2x3-4 --num-envs 8 --num-steps 8 --eval-episodes 4
            --embed-dim 8 --learner-hidden-dim 8 --update-epochs 1 --num-devices 4""".split()
 BUDGET = ["--total-timesteps", "640", "--num-evals", "2"]
-
-
-@pytest.fixture(scope="module")
-def environ(tmp_path_factory):
-    """The variables for runs: a shared cache of compiled programs, hardly any optimisation."""
-    cache = str(tmp_path_factory.mktemp("cache"))
-    return os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": cache,
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "PYTHONUNBUFFERED": "1",
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
-    }
 
 
 def start(flags, environ):

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import os
 import pathlib
 import re
 import subprocess
@@ -18,7 +17,7 @@ from PIL import Image
 ROOT = pathlib.Path(__file__).parent.parent
 SCRIPTS = scripts_with("Learner", "main", feed_forward=True)[:1] + scripts_with("Hidden")
 TINY = """--env-id CoordSum-v0 --scenario 2x3-4 --num-envs 4 --num-steps 8 --eval-episodes 4
-          --embed-dim 8 --learner-hidden-dim 8 --update-epochs 1 --guider mat --no-cache
+          --embed-dim 8 --learner-hidden-dim 8 --update-epochs 1 --guider mat
           --total-timesteps 64 --num-evals 1""".split()
 
 
@@ -30,10 +29,9 @@ def load_example(name):
 
 
 @pytest.fixture(scope="module", params=SCRIPTS)
-def finished(request, tmp_path_factory):
+def finished(request, environ, tmp_path_factory):
     """A script, and the folder of a tiny run of it."""
     script, run_dir = request.param, tmp_path_factory.mktemp("runs")
-    environ = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
     command = [sys.executable, script.__file__, *TINY, "--run-dir", str(run_dir)]
     done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

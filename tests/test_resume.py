@@ -1,7 +1,6 @@
 """Tests of what a run leaves behind: checkpoints, resuming, every kind of stop, the networks."""
 
 import json
-import os
 import pathlib
 import re
 import shutil
@@ -24,19 +23,6 @@ BUDGET = ["--total-timesteps", "640", "--num-evals", "4"]  # an evaluation after
 HALF = ["--total-timesteps", "320", "--num-evals", "2"]
 LONG = ["--total-timesteps", "40000", "--num-evals", "5"]
 NETWORKS = ["learner", "guider", "best_learner", "best_guider"]
-
-
-@pytest.fixture(scope="session")
-def environ(tmp_path_factory):
-    """The variables for runs: a shared cache of compiled programs, hardly any optimisation."""
-    cache = str(tmp_path_factory.mktemp("cache"))
-    return os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": cache,
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "PYTHONUNBUFFERED": "1",
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
-    }
 
 
 def run(script, flags, environ):

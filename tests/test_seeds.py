@@ -1,7 +1,6 @@
 """examples/seeds.py: several seeds side by side are those seeds, each alone."""
 
 import json
-import os
 import pathlib
 import subprocess
 import sys
@@ -16,11 +15,9 @@ FLAGS = """--env-id CoordSum-v0 --scenario 2x3-4 --num-envs 4 --num-steps 8 --ev
            --num-evals 2 --guider mat""".split()
 
 
-def run(program, flags, folder):
-    environ = os.environ | {
-        "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+def run(program, flags, folder, environ):
     done = subprocess.run(
-        [sys.executable, ROOT / program, *FLAGS, *flags, "--run-dir", str(folder), "--no-cache"],
+        [sys.executable, ROOT / program, *FLAGS, *flags, "--run-dir", str(folder)],
         env=environ, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return {path.name.split("__")[3]: path for path in folder.iterdir()}
@@ -31,10 +28,11 @@ def rows(folder):
 
 
 @pytest.mark.parametrize("script", ["magpo_ff.py", "magpo_rec.py"])
-def test_seeds_side_by_side(script, tmp_path):
+def test_seeds_side_by_side(script, environ, tmp_path):
     """The rows and networks of a seed are those of a run alone, up to rounding; seeds differ."""
-    both = run("examples/seeds.py", ["--script", script, "--seeds", "1", "2"], tmp_path / "both")
-    alone = run(script, ["--seed", "2"], tmp_path / "alone")
+    together = ["--script", script, "--seeds", "1", "2"]
+    both = run("examples/seeds.py", together, tmp_path / "both", environ)
+    alone = run(script, ["--seed", "2"], tmp_path / "alone", environ)
     assert both.keys() == {"1", "2"}
     for row, expected in zip(rows(both["2"]), rows(alone["2"]), strict=True):
         for name in row.keys() - {"charts/SPS"}:
