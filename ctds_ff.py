@@ -11,10 +11,9 @@ Two policies are trained together, for a team of N agents of which each sees a p
 - the learner pi is decentralized: each agent decides alone, from its own observation,
   pi(a | o) = prod_j pi(a_j | o_j). It follows the guider, and is what gets deployed.
 
-Here the guider is the teacher and the learner the student. Nothing keeps the teacher where the
-student can follow: where its strategy cannot be decomposed, the student fails. The teacher alone is
-the CTCE baseline (Sable or MAT). `diff ctds_ff.py magpo_ff.py` shows MAGPO's contribution (arXiv
-2507.18059). An iteration has three steps:
+Here the guider is the teacher and the learner the student, who fails where the teacher's strategy
+cannot be decomposed. The teacher alone is the CTCE baseline (Sable or MAT). `diff ctds_ff.py
+magpo_ff.py` shows MAGPO's contribution (arXiv 2507.18059). An iteration has three steps:
 
     1. collect    the guider plays a rollout                           `collect`
     2. improve    the guider by PPO                                    `guider_loss`
@@ -22,8 +21,9 @@ the CTCE baseline (Sable or MAT). `diff ctds_ff.py magpo_ff.py` shows MAGPO's co
 
 Shapes in comments: T steps of a rollout, B environments on a device, M samples given to a network
 at once (of a minibatch, or of B environments), N agents, A actions, O features of an observation,
-E width of the guider, H heads, D devices. D with a number (D1, D2, ..) is a detail of the
-implementation, which the README explains and compares with the official code.
+E width of the guider, H heads, L tokens that look at each other, D devices. D with a number (D1,
+D2, ..) is a detail of the implementation, which the README explains and compares with the official
+code.
 """
 import dataclasses
 import functools

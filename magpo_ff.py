@@ -26,8 +26,9 @@ gradient that would take it further out, and where it is out already a KL term p
 
 Shapes in comments: T steps of a rollout, B environments on a device, M samples given to a network
 at once (of a minibatch, or of B environments), N agents, A actions, O features of an observation,
-E width of the guider, H heads, D devices. D with a number (D1, D2, ..) is a detail of the
-implementation, which the README explains and compares with the official code.
+E width of the guider, H heads, L tokens that look at each other, D devices. D with a number (D1,
+D2, ..) is a detail of the implementation, which the README explains and compares with the official
+code.
 """
 import dataclasses
 import functools

@@ -29,9 +29,9 @@ Memory (`diff magpo_ff.py magpo_rec.py`): the guider's retention decays over the
 
 Shapes in comments: T steps of a rollout, B environments on a device, M sequences given to a network
 at once (of a minibatch, or of B environments), N agents, A actions, O features of an observation,
-E width of the guider, H heads, C steps of a chunk, K chunks of a rollout, F width of the learner's
-hidden state, D devices. D with a number (D1, D2, ..) is a detail of the implementation, which the
-README explains and compares with the official code.
+E width of the guider, H heads, L tokens that look at each other, C steps of a chunk, K chunks of a
+rollout, F width of the learner's hidden state, D devices. D with a number (D1, D2, ..) is a detail
+of the implementation, which the README explains and compares with the official code.
 """
 import dataclasses
 import functools
