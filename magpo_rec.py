@@ -500,7 +500,7 @@ class Retention(nn.Module):
         chunk_steps = past.within.shape[-1]
         q, k, v = self.qkv(x, source, chunk_steps * self.num_agents)  # (M * K, H, C * N, E / H)
 
-        # Decay. All N tokens of a step share its row and column; i sees j if causal and j <= i.
+        # Decay: the N tokens of a step share its row and column; if causal, none sees a later one.
         n = self.num_agents
         within = repeat(past.within, "mk h t s -> mk h (t i) (s j)", i=n, j=n)
         before = repeat(past.before, "mk h t -> mk h (t i) 1", i=n)
