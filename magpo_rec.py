@@ -1790,7 +1790,7 @@ def train(args: Args, env: TeamEnv, devices: list, logger: Logger, stop: StopSig
         sums = jax.tree.map(np.zeros_like, sums)
         if args.save and logger.is_main:
             save_networks(logger.folder, "", state.params)
-        if row["eval/learner_return"] > progress.best_return:
+        if row["eval/learner_return"] >= progress.best_return:  # of equals the later one
             progress.best_return = float(row["eval/learner_return"])
             if args.save and logger.is_main:
                 save_networks(logger.folder, "best_", state.params)

@@ -102,7 +102,7 @@ def main() -> None:
     if env.has_win_rate:
         figures["win rate"] = episodes.won
     for name, x in figures.items():
-        interval = 1.96 * np.std(x) / np.sqrt(options.episodes)
+        interval = 1.96 * np.std(x, ddof=1) / np.sqrt(options.episodes)
         print(f"{name}: {np.mean(x):.3f} +- {interval:.3f} (95%, normal approximation)")
     if options.gif:
         states, total = play_episode(options, script, args, env, networks, params)

@@ -82,7 +82,8 @@ def main() -> None:
         env = script.make_env(about["args"]["env_id"], about["args"]["scenario"]).env
         learner, params = load_learner(script, os.path.join(folder, "learner.safetensors"))
     except Exception as error:  # a damaged file may raise about any
-        print(f"use_learner.py: error: {folder}: {error}", file=sys.stderr)
+        reason = str(error).partition("\n")[0]
+        print(f"use_learner.py: error: {folder}: {reason}", file=sys.stderr)
         sys.exit(2)
     step_count, total = play(env, learner, params, hasattr(script, "init_hidden"))
     print(f"{step_count} steps, return {total:.3f}")
