@@ -156,16 +156,18 @@ def start_jax(args: Args) -> None:
     """
     num_processes = 1
     if args.distributed:
-        settings = {}  # JAX finds SLURM, Open MPI, Kubernetes and TPU pods by itself
-        if "JAX_NUM_PROCESSES" in os.environ:
-            num_processes = int(os.environ["JAX_NUM_PROCESSES"])
-            settings["num_processes"] = num_processes
-            settings["process_id"] = int(os.environ["JAX_PROCESS_ID"])
         jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM away
+        settings = {}  # JAX finds SLURM, Open MPI, Kubernetes and TPU pods by itself
         try:
+            if "JAX_NUM_PROCESSES" in os.environ:
+                num_processes = int(os.environ["JAX_NUM_PROCESSES"])
+                settings["num_processes"] = num_processes
+                settings["process_id"] = int(os.environ["JAX_PROCESS_ID"])
             jax.distributed.initialize(
                 **settings, heartbeat_timeout_seconds=30, shutdown_timeout_seconds=30)
-        except (KeyError, RuntimeError, ValueError) as error:
+        except KeyError as error:
+            raise FlagError(f"--distributed: the variable {error} is not set") from error
+        except (RuntimeError, ValueError) as error:
             raise FlagError(f"--distributed: {str(error).splitlines()[0]}") from error
     if args.num_devices > num_processes:
         # XLA splits the CPU into devices only if told so before its first use. One thread for each

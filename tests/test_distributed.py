@@ -112,3 +112,12 @@ def test_a_lost_process_ends_the_other(environ, tmp_path):
     statuses, _, err = finish(processes)
     assert statuses[1] not in (0, -signal.SIGKILL)
     assert "another process is lost" in err or "coordination service" in err
+
+
+@pytest.mark.parametrize("variables, text", [
+    ({"JAX_NUM_PROCESSES": "2"}, "JAX_PROCESS_ID"), ({"JAX_NUM_PROCESSES": "two"}, "two")])
+def test_unusable_variables(variables, text, environ):
+    """A process that cannot tell which one it is: one line that says why, status 2."""
+    statuses, _, err = finish([start(["--distributed", "--dry-run"], environ | variables)])
+    assert statuses == [2] and len(err.splitlines()) == 1
+    assert "--distributed" in err and text in err
