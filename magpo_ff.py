@@ -53,7 +53,7 @@ import optax
 import safetensors.numpy
 import tyro
 from einops import rearrange
-from flax.linen.initializers import normal, orthogonal
+from flax.linen.initializers import constant, normal, orthogonal
 from flax.traverse_util import flatten_dict
 from jax.experimental import multihost_utils
 from tqdm import tqdm
@@ -206,7 +206,7 @@ def choose_devices(args: Args) -> list:
 # -------------------- Environment -----------------------------------------------------------------
 class Observation(NamedTuple):
     agents_view: jax.Array  # (N, O) float32, the one-hot agent id first
-    action_mask: jax.Array  # (N, A) bool, True where legal
+    action_mask: jax.Array  # (N, A) bool, True where legal; for continuous actions everywhere
 
 
 class Outcome(NamedTuple):
@@ -219,38 +219,66 @@ class Outcome(NamedTuple):
     won: jax.Array  # () bool
 
 
+def is_continuous(action_spec: Any) -> bool:
+    """True for actions of floats within bounds, one row for each agent: (N, A)."""
+    is_float = jnp.issubdtype(action_spec.dtype, jnp.floating)
+    if not is_float or len(action_spec.shape) != 2:
+        return False
+    bounds = getattr(action_spec, "minimum", -math.inf), getattr(action_spec, "maximum", math.inf)
+    return all(np.all(np.isfinite(bound)) for bound in bounds)
+
+
 class TeamEnv:
     """A cooperative Jumanji environment as the algorithm sees it: one game, without auto-reset.
 
     D1: the agent's one-hot id comes first in its view; the rest is passed on as it is.
-    D2: all agents get the team's reward: a scalar is repeated, a vector is summed first.
+    D2: all agents get the team's reward: a scalar is repeated, a vector is summed first. If the
+    environment says `own_rewards = True`, each agent gets its own entry of the vector.
     """
 
     def __init__(self, env: Any):
-        """env: its observation has agents_view (N, ...) and action_mask (N, A).
+        """env: its observation has agents_view (N, ...), its action_spec is of one of two kinds.
 
+        Discrete: a MultiDiscreteArray (N,), and the observation has an action_mask (N, A), too.
+        Continuous: a BoundedArray (N, A) of floats, A being the components of an action.
         The key "won" in its timestep's extras, () bool, is optional and makes a win rate.
         """
         self.env = env
         _, timestep = jax.eval_shape(env.reset, jax.random.PRNGKey(0))
-        self.num_agents, self.num_actions = timestep.observation.action_mask.shape
+        self.continuous = is_continuous(env.action_spec)
+        mask = env.action_spec if self.continuous else timestep.observation.action_mask
+        self.num_agents, self.num_actions = mask.shape
+        self.own_rewards = getattr(env, "own_rewards", False)
         self.has_win_rate = "won" in (timestep.extras or {})
 
     def observe(self, observation: Any) -> Observation:
         view = rearrange(observation.agents_view, "n ... -> n (...)").astype(jnp.float32)
         agent_id = jnp.eye(self.num_agents)
-        return Observation(jnp.concatenate([agent_id, view], axis=-1), observation.action_mask)
+        if self.continuous:
+            action_mask = jnp.ones((self.num_agents, self.num_actions), bool)
+        else:
+            action_mask = observation.action_mask
+        return Observation(jnp.concatenate([agent_id, view], axis=-1), action_mask)
 
     def reset(self, key: jax.Array) -> Tuple[Any, Observation]:
         state, timestep = self.env.reset(key)
         return state, self.observe(timestep.observation)
 
+    def bounded(self, action: jax.Array) -> jax.Array:
+        """Continuous actions as the environment takes them: tanh brings them within its bounds."""
+        spec = self.env.action_spec
+        center = (spec.maximum + spec.minimum) / 2
+        reach = (spec.maximum - spec.minimum) / 2
+        return center + reach * jnp.tanh(action)
+
     def step(self, state: Any, action: jax.Array) -> Tuple[Any, Outcome]:
-        """action: (N,) int32."""
+        """action: (N,) int32, or (N, A) float32, see `bounded`."""
+        if self.continuous:
+            action = self.bounded(action)
         state, timestep = self.env.step(state, action)
         last = timestep.last()
-        team_reward = jnp.sum(timestep.reward)
-        reward = jnp.full((self.num_agents,), team_reward, jnp.float32)
+        reward = timestep.reward if self.own_rewards else jnp.sum(timestep.reward)
+        reward = jnp.broadcast_to(reward, (self.num_agents,)).astype(jnp.float32)
         # D3: an agent may be done, with discount 0, long before the team's episode is over (in
         # Connector: connected or stuck). The episode terminates once all discounts are 0.
         discount = jnp.where(last, jnp.max(timestep.discount), 1.0)
@@ -317,21 +345,24 @@ def make_env(env_id: str, scenario: str) -> TeamEnv:
 
     # What the environment gives counts, not its observation_spec, which nothing here needs.
     observation = first_observation(env)
-    missing = [field for field in ("agents_view", "action_mask") if not hasattr(observation, field)]
+    continuous = is_continuous(env.action_spec)
+    needed = ("agents_view",) if continuous else ("agents_view", "action_mask")
+    missing = [field for field in needed if not hasattr(observation, field)]
     if missing:
         raise FlagError(f"--env-id {env_id}: its observation has no {' and no '.join(missing)}")
     view_shape = observation.agents_view.shape
-    mask_shape = observation.action_mask.shape
+    mask_shape = env.action_spec.shape if continuous else observation.action_mask.shape
     if len(mask_shape) != 2 or view_shape[:1] != mask_shape[:1]:
         needs = f"agents_view (N, ...) and action_mask (N, A), not {view_shape} and {mask_shape}"
         raise FlagError(f"--env-id {env_id}: needs {needs}")
-    if not isinstance(env.action_spec, jumanji.specs.MultiDiscreteArray):
-        needs = f"one discrete action per agent, a MultiDiscreteArray, not {env.action_spec}"
+    if not (continuous or isinstance(env.action_spec, jumanji.specs.MultiDiscreteArray)):
+        needs = "one discrete action per agent, a MultiDiscreteArray, or continuous ones,"
+        needs += f" a BoundedArray (N, A) of floats with finite bounds, not {env.action_spec}"
         raise FlagError(f"--env-id {env_id}: needs {needs}")
 
     team_env = TeamEnv(env)
     state, _ = jax.eval_shape(team_env.reset, jax.random.PRNGKey(0))
-    action = jnp.zeros(team_env.num_agents, jnp.int32)
+    action = env.action_spec.generate_value()
     jax.eval_shape(team_env.step, state, action)  # an environment's own errors show up here
     return team_env
 
@@ -533,6 +564,23 @@ def make_head(kind: str, embed_dim: int, width: int) -> nn.Module:
     return nn.Sequential([wide, nn.gelu, NORM[kind](), out])
 
 
+def action_features(action: jax.Array, num_actions: int, continuous: bool) -> jax.Array:
+    """What an agent is told of the action before it: (...) int32 or (..., A) float -> (..., 1 + A).
+
+    The first feature is 0 here; it is 1, and all others 0, where nobody is before. One-hot and not
+    a table of embeddings, whose gradient is a slow scatter.
+    """
+    if continuous:
+        squashed = jnp.tanh(action)
+        return jnp.concatenate([jnp.zeros_like(squashed[..., :1]), squashed], axis=-1)
+    return jax.nn.one_hot(action + 1, num_actions + 1)
+
+
+def with_log_std(mean: jax.Array, log_std: jax.Array) -> jax.Array:
+    """The outputs of a continuous policy: mean (..., A), log_std (A,) -> (..., 2 A)."""
+    return jnp.concatenate([mean, jnp.broadcast_to(log_std, mean.shape)], axis=-1)
+
+
 class Guider(nn.Module):
     """mu: an encoder of all observations with a value head, and a decoder of agent after agent."""
 
@@ -542,6 +590,7 @@ class Guider(nn.Module):
     num_heads: int
     num_blocks: int
     embed_dim: int
+    continuous: bool = False
 
     def setup(self):
         norm = NORM[self.kind]
@@ -555,6 +604,8 @@ class Guider(nn.Module):
         self.action_embed = nn.Sequential([dense(use_bias=False), nn.gelu, norm()])
         self.decoder = [DecoderBlock(*sizes) for _ in range(self.num_blocks)]
         self.policy_head = make_head(self.kind, self.embed_dim, self.num_actions)
+        if self.continuous:
+            self.log_std = self.param("log_std", constant(LOG_STD_START), (self.num_actions,))
 
     def encode(self, agents_view: jax.Array) -> Tuple[jax.Array, jax.Array]:
         """agents_view (M, N, O) -> observation tokens (M * N, E), value (M, N)."""
@@ -564,25 +615,25 @@ class Guider(nn.Module):
         value = rearrange(self.value_head(x), "(m n) 1 -> m n", n=self.num_agents)
         return x, value
 
-    def embed_action(self, previous: jax.Array) -> jax.Array:
-        """The action + 1 of the agent before, 0: nobody, (M,) -> tokens (M, E).
-
-        One-hot and not a table of embeddings, whose gradient is a slow scatter.
-        """
-        return self.action_embed(jax.nn.one_hot(previous, self.num_actions + 1))
+    def policy(self, x: jax.Array) -> jax.Array:
+        """Tokens (..., E) -> logits (..., A), as `action_distribution` reads them."""
+        logits = self.policy_head(x)
+        return with_log_std(logits, self.log_std) if self.continuous else logits
 
     def __call__(self, agents_view: jax.Array, action: jax.Array) -> Tuple[jax.Array, jax.Array]:
-        """Training: agents_view (M, N, O), action (M, N) -> logits (M, N, A), value (M, N).
+        """Training: agents_view (M, N, O), action (M, N, ..) -> logits (M, N, A), value (M, N).
 
         All agents at once; agent j's logits depend on the actions of agents < j alone.
         D7: the agents keep the order in which they acted.
         """
         obs_tokens, value = self.encode(agents_view)
-        previous = jnp.pad(action[:, :-1] + 1, ((0, 0), (1, 0)))  # agent j gets that of agent j - 1
-        x = self.embed_action(rearrange(previous, "m n -> (m n)"))
+        features = action_features(action, self.num_actions, self.continuous)  # (M, N, 1 + A)
+        nobody = jnp.zeros_like(features[:, :1]).at[..., 0].set(1.0)
+        previous = jnp.concatenate([nobody, features[:, :-1]], axis=1)  # j gets that of j - 1
+        x = self.action_embed(rearrange(previous, "m n f -> (m n) f"))
         for block in self.decoder:
             x = block(x, obs_tokens)
-        logits = rearrange(self.policy_head(x), "(m n) a -> m n a", n=self.num_agents)
+        logits = rearrange(self.policy(x), "(m n) a -> m n a", n=self.num_agents)
         return logits, value
 
     def init_hidden(self, batch_size: int) -> list:
@@ -590,17 +641,17 @@ class Guider(nn.Module):
         return [block.init_hidden(batch_size) for block in self.decoder]
 
     def decode(self, obs_tokens: jax.Array, previous: jax.Array, hidden: list, agent: jax.Array):
-        """Acting, one agent: obs_tokens (M, E) and previous (M,), see `embed_action`.
+        """Acting, one agent: obs_tokens (M, E), previous (M, 1 + A), see `action_features`.
 
         Returns logits (M, A) and the hidden state with this agent added. The cost of an agent grows
         linearly in N for mat, not at all for sable.
         """
-        x = self.embed_action(previous)
+        x = self.action_embed(previous)
         new_hidden = []
         for block, block_hidden in zip(self.decoder, hidden):
             x, block_hidden = block.decode(x, obs_tokens, block_hidden, agent)
             new_hidden.append(block_hidden)
-        return self.policy_head(x), new_hidden
+        return self.policy(x), new_hidden
 
 
 class Learner(nn.Module):
@@ -608,6 +659,7 @@ class Learner(nn.Module):
 
     num_actions: int
     hidden_dim: int
+    continuous: bool = False
 
     @nn.compact
     def __call__(self, agents_view: jax.Array) -> jax.Array:
@@ -616,19 +668,51 @@ class Learner(nn.Module):
         x = nn.relu(nn.Dense(self.hidden_dim, kernel_init=orthogonal(math.sqrt(2)))(x))
         x = nn.relu(nn.Dense(self.hidden_dim, kernel_init=orthogonal(math.sqrt(2)))(x))
         logits = nn.Dense(self.num_actions, kernel_init=orthogonal(0.01))(x)
-        return logits.reshape(*agents_view.shape[:-1], self.num_actions)
+        if self.continuous:
+            log_std = self.param("log_std", constant(LOG_STD_START), (self.num_actions,))
+            logits = with_log_std(logits, log_std)
+        return logits.reshape(*agents_view.shape[:-1], -1)
 
 
 # -------------------- Policies --------------------------------------------------------------------
-def action_distribution(logits: jax.Array, action_mask: jax.Array) -> distrax.Categorical:
-    """The policies of the agents, (..., A). Illegal actions have probability 0."""
+LOG_STD_START = -0.5  # of Gaussian policies; std is then 0.6
+LOG_STD_BOUNDS = (-5.0, 1.0)
+
+
+class SquashedGaussian(distrax.Independent):
+    """Continuous actions: a Gaussian over u (..., A), where tanh(u) in [-1, 1] is what is done.
+
+    D17: everything but the environment and the guider's later agents deals in u. The derivative of
+    tanh is the same for two policies, so it cancels in their ratios and KL, and nothing overflows
+    where tanh saturates. It counts in the entropy alone, which is that of tanh(u): H(u) + E[log
+    tanh'(u)], by quadrature (to 1e-3 for std up to 1). log std is a parameter for each component, the same in every state.
+    """
+
+    def entropy(self):
+        nodes, weights = np.polynomial.hermite_e.hermegauss(8)
+        gaussian = self.distribution
+        u = gaussian.loc[..., None] + gaussian.scale[..., None] * nodes  # (..., A, 8)
+        log_slope = 2 * (math.log(2) - u - nn.softplus(-2 * u))  # log(1 - tanh(u) ** 2)
+        mean_log_slope = jnp.sum(log_slope * (weights / np.sum(weights)), axis=-1)
+        return super().entropy() + jnp.sum(mean_log_slope, axis=-1)
+
+
+def action_distribution(logits: jax.Array, action_mask: jax.Array) -> distrax.Distribution:
+    """The policies of the agents, (..., A). Illegal actions have probability 0.
+
+    For continuous actions the "logits" are mean and log std, (..., 2 A), and nothing is illegal.
+    """
+    if logits.shape[-1] == 2 * action_mask.shape[-1]:
+        mean, log_std = jnp.split(logits, 2, axis=-1)
+        std = jnp.exp(jnp.clip(log_std, *LOG_STD_BOUNDS))
+        return SquashedGaussian(distrax.Normal(mean, std), reinterpreted_batch_ndims=1)
     return distrax.Categorical(logits=jnp.where(action_mask, logits, -1e9), dtype=jnp.int32)
 
 
 def guider_act(guider: Guider, params: Any, obs: Observation, key: jax.Array, greedy=False):
     """Decides agent after agent, each knowing the actions before it: obs (B, N, ...).
 
-    Returns action (B, N) int32, log_prob (B, N), value (B, N).
+    Returns action (B, N, ..), log_prob (B, N), value (B, N).
     """
     batch_size, num_agents, _ = obs.agents_view.shape
     obs_tokens, value = guider.apply(params, obs.agents_view, method="encode")
@@ -639,9 +723,10 @@ def guider_act(guider: Guider, params: Any, obs: Observation, key: jax.Array, gr
         logits, hidden = guider.apply(params, token, previous, hidden, agent, method="decode")
         policy = action_distribution(logits, action_mask)
         action = policy.mode() if greedy else policy.sample(seed=key)
-        return (action + 1, hidden), (action, policy.log_prob(action))
+        previous = action_features(action, guider.num_actions, guider.continuous)
+        return (previous, hidden), (action, policy.log_prob(action))
 
-    nobody = jnp.zeros(batch_size, jnp.int32)
+    nobody = jnp.zeros((batch_size, 1 + guider.num_actions)).at[:, 0].set(1.0)
     hidden = guider.apply(params, batch_size, method="init_hidden")
     by_agent = (
         jnp.arange(num_agents),
@@ -650,11 +735,12 @@ def guider_act(guider: Guider, params: Any, obs: Observation, key: jax.Array, gr
         rearrange(obs.action_mask, "b n a -> n b a"),
     )
     _, (action, log_prob) = jax.lax.scan(decide, (nobody, hidden), by_agent)
-    return rearrange(action, "n b -> b n"), rearrange(log_prob, "n b -> b n"), value
+    action = rearrange(action, "n b ... -> b n ...")
+    return action, rearrange(log_prob, "n b -> b n"), value
 
 
 def learner_act(learner: Learner, params: Any, obs: Observation, key: jax.Array, greedy=False):
-    """All agents at once, each from its own observation: obs (B, N, ...) -> action (B, N) int32."""
+    """All agents at once, each from its own observation: obs (B, N, ...) -> action (B, N, ..)."""
     policy = action_distribution(learner.apply(params, obs.agents_view), obs.action_mask)
     return policy.mode() if greedy else policy.sample(seed=key)
 
@@ -670,7 +756,7 @@ class Transition(NamedTuple):
     """One step; a rollout stacks them to (T, B, ...)."""
 
     obs: Observation
-    action: jax.Array  # (N,) int32
+    action: jax.Array  # (N,) int32, or (N, A) float32 if continuous, before tanh
     behaviour_log_prob: jax.Array  # (N,) of the guider that acted, mu_old
     value: jax.Array  # (N,)
     reward: jax.Array  # (N,)
@@ -683,7 +769,7 @@ class Minibatch(NamedTuple):
     """What the losses read, (M, ...)."""
 
     obs: Observation
-    action: jax.Array  # (M, N) int32
+    action: jax.Array  # (M, N) int32, or (M, N, A) float32
     behaviour_log_prob: jax.Array  # (M, N)
     value: jax.Array  # (M, N) at collection
     advantage: jax.Array  # (M, N)
@@ -1026,8 +1112,8 @@ def evaluate(
 # -------------------- Setup -----------------------------------------------------------------------
 def make_networks(args: Args, env: TeamEnv) -> Tuple[Guider, Learner]:
     sizes = (args.num_heads, args.num_blocks, args.embed_dim)
-    guider = Guider(args.guider, env.num_agents, env.num_actions, *sizes)
-    learner = Learner(env.num_actions, args.learner_hidden_dim)
+    guider = Guider(args.guider, env.num_agents, env.num_actions, *sizes, env.continuous)
+    learner = Learner(env.num_actions, args.learner_hidden_dim, env.continuous)
     return guider, learner
 
 
@@ -1063,8 +1149,8 @@ def init_state(
     env_state, obs = jax.vmap(env.reset)(jax.random.split(reset_key, batch_size))
     guider_key, learner_key = jax.random.split(params_key)
     first_view = obs.agents_view[:1]
-    no_action = jnp.zeros((1, env.num_agents), jnp.int32)
-    guider_params = guider.init(guider_key, first_view, no_action)
+    some_action = rearrange(env.env.action_spec.generate_value(), "n ... -> 1 n ...")
+    guider_params = guider.init(guider_key, first_view, some_action)
     learner_params = learner.init(learner_key, first_view)
     guider_opt = optimizers.guider.init(guider_params)
     learner_opt = optimizers.learner.init(learner_params)
@@ -1564,7 +1650,8 @@ def main() -> int:
         devices = choose_devices(args)
         env = make_env(args.env_id, args.scenario)
         task = f"{args.env_id} {args.scenario}".strip()
-        team = f"{env.num_agents} agents, {env.num_actions} actions"
+        kind = "components of an action" if env.continuous else "actions"
+        team = f"{env.num_agents} agents, {env.num_actions} {kind}"
         hardware = f"{args.num_devices} x {devices[0].device_kind}"
         budget = f"{args.guider} guider, {args.total_timesteps} steps"
         print(f"{script}: {task}, {team}, {budget}, {hardware}")
