@@ -256,6 +256,12 @@ class TeamEnv:
         self.continuous = is_continuous(env.action_spec)
         mask = env.action_spec if self.continuous else timestep.observation.action_mask
         self.num_agents, self.num_actions = mask.shape
+        self.no_action = np.zeros(env.action_spec.shape, env.action_spec.dtype)
+        if self.continuous:
+            lowest = np.asarray(env.action_spec.minimum)
+            highest = np.asarray(env.action_spec.maximum)
+            self.middle = (highest + lowest) / 2
+            self.reach = (highest - lowest) / 2
         self.own_rewards = getattr(env, "own_rewards", False)
         self.has_win_rate = "won" in (timestep.extras or {})
 
@@ -274,10 +280,7 @@ class TeamEnv:
 
     def bounded(self, action: jax.Array) -> jax.Array:
         """Continuous actions as the environment takes them: tanh brings them within its bounds."""
-        spec = self.env.action_spec
-        center = (spec.maximum + spec.minimum) / 2
-        reach = (spec.maximum - spec.minimum) / 2
-        return center + reach * jnp.tanh(action)
+        return self.middle + self.reach * jnp.tanh(action)
 
     def step(self, state: Any, action: jax.Array) -> Tuple[Any, Outcome]:
         """action: (N,) int32, or (N, A) float32, see `bounded`."""
@@ -353,25 +356,25 @@ def make_env(env_id: str, scenario: str) -> TeamEnv:
 
     # What the environment gives counts, not its observation_spec, which nothing here needs.
     observation = first_observation(env)
-    continuous = is_continuous(env.action_spec)
-    needed = ("agents_view",) if continuous else ("agents_view", "action_mask")
+    discrete = isinstance(env.action_spec, jumanji.specs.MultiDiscreteArray)
+    needed = ("agents_view", "action_mask") if discrete else ("agents_view",)
     missing = [field for field in needed if not hasattr(observation, field)]
     if missing:
         raise FlagError(f"--env-id {env_id}: its observation has no {' and no '.join(missing)}")
-    view_shape = observation.agents_view.shape
-    mask_shape = env.action_spec.shape if continuous else observation.action_mask.shape
-    if len(mask_shape) != 2 or view_shape[:1] != mask_shape[:1]:
-        needs = f"agents_view (N, ...) and action_mask (N, A), not {view_shape} and {mask_shape}"
-        raise FlagError(f"--env-id {env_id}: needs {needs}")
-    if not (continuous or isinstance(env.action_spec, jumanji.specs.MultiDiscreteArray)):
+    if not (discrete or is_continuous(env.action_spec)):
         needs = "one discrete action per agent, a MultiDiscreteArray, or continuous ones,"
         needs += f" a BoundedArray (N, A) of floats with finite bounds, not {env.action_spec}"
+        raise FlagError(f"--env-id {env_id}: needs {needs}")
+    view_shape = observation.agents_view.shape
+    mask_shape = observation.action_mask.shape if discrete else env.action_spec.shape
+    if len(mask_shape) != 2 or view_shape[:1] != mask_shape[:1]:
+        needs = f"agents_view (N, ...) and action_mask (N, A), not {view_shape} and {mask_shape}"
         raise FlagError(f"--env-id {env_id}: needs {needs}")
 
     team_env = TeamEnv(env)
     state, _ = jax.eval_shape(team_env.reset, jax.random.PRNGKey(0))
-    action = env.action_spec.generate_value()
-    jax.eval_shape(team_env.step, state, action)  # an environment's own errors show up here
+    # An environment's own errors show up here.
+    jax.eval_shape(team_env.step, state, team_env.no_action)
     return team_env
 
 
@@ -680,9 +683,13 @@ def action_features(action: jax.Array, num_actions: int, continuous: bool) -> ja
     return jax.nn.one_hot(action + 1, num_actions + 1)
 
 
-def with_log_std(mean: jax.Array, log_std: jax.Array) -> jax.Array:
-    """The outputs of a continuous policy: mean (..., A), log_std (A,) -> (..., 2 A)."""
-    return jnp.concatenate([mean, jnp.broadcast_to(log_std, mean.shape)], axis=-1)
+class AppendLogStd(nn.Module):
+    """Completes a policy of continuous actions: mean (..., A) -> mean and log std (..., 2 A)."""
+
+    @nn.compact
+    def __call__(self, mean):
+        log_std = self.param("log_std", constant(LOG_STD_START), mean.shape[-1:])
+        return jnp.concatenate([mean, jnp.broadcast_to(log_std, mean.shape)], axis=-1)
 
 
 class Guider(nn.Module):
@@ -712,9 +719,10 @@ class Guider(nn.Module):
 
         self.action_embed = nn.Sequential([dense(use_bias=False), nn.gelu, norm()])
         self.decoder = [DecoderBlock(*sizes) for _ in range(self.num_blocks)]
-        self.policy_head = make_head(self.kind, self.embed_dim, self.num_actions)
+        policy_head = make_head(self.kind, self.embed_dim, self.num_actions)
         if self.continuous:
-            self.log_std = self.param("log_std", constant(LOG_STD_START), (self.num_actions,))
+            policy_head = nn.Sequential([policy_head, AppendLogStd()])
+        self.policy_head = policy_head
 
     def past(self, timestep: jax.Array) -> Past:
         """timestep (M, T) -> what retention needs to know of time."""
@@ -743,11 +751,6 @@ class Guider(nn.Module):
             self.value_head(x), "(m t n) 1 -> m t n", t=num_steps, n=self.num_agents)
         return x, value, new_hidden
 
-    def policy(self, x: jax.Array) -> jax.Array:
-        """Tokens (..., E) -> logits (..., A), as `action_distribution` reads them."""
-        logits = self.policy_head(x)
-        return with_log_std(logits, self.log_std) if self.continuous else logits
-
     def __call__(
         self, agents_view: jax.Array, action: jax.Array, timestep: jax.Array, hidden: dict
     ) -> Tuple[jax.Array, jax.Array]:
@@ -766,7 +769,7 @@ class Guider(nn.Module):
         for block, block_hidden in zip(self.decoder, hidden["decoder"]):
             x = block(x, obs_tokens, past, block_hidden)
         _, num_steps, num_agents, _ = agents_view.shape
-        logits = rearrange(self.policy(x), "(m t n) a -> m t n a", t=num_steps, n=num_agents)
+        logits = rearrange(self.policy_head(x), "(m t n) a -> m t n a", t=num_steps, n=num_agents)
         return logits, value
 
     def init_hidden(self, batch_size: int) -> dict:
@@ -796,7 +799,7 @@ class Guider(nn.Module):
         for block, block_hidden in zip(self.decoder, hidden):
             x, block_hidden = block.decode(x, obs_tokens, block_hidden, agent, position)
             new_hidden.append(block_hidden)
-        return self.policy(x), new_hidden
+        return self.policy_head(x), new_hidden
 
 
 class Learner(nn.Module):
@@ -833,8 +836,7 @@ class Learner(nn.Module):
         x = nn.relu(nn.Dense(self.hidden_dim, kernel_init=orthogonal(math.sqrt(2)))(x))
         logits = nn.Dense(self.num_actions, kernel_init=orthogonal(0.01))(x)
         if self.continuous:
-            log_std = self.param("log_std", constant(LOG_STD_START), (self.num_actions,))
-            logits = with_log_std(logits, log_std)
+            logits = AppendLogStd()(logits)
         logits = rearrange(logits, "(t m n) a -> m t n a", t=num_steps, n=num_agents)
         return logits, rearrange(hidden, "(m n) f -> m n f", n=num_agents)
 
@@ -850,7 +852,8 @@ class SquashedGaussian(distrax.Independent):
     D17: everything but the environment and the guider's later agents deals in u. The derivative of
     tanh is the same for two policies, so it cancels in their ratios and KL, and nothing overflows
     where tanh saturates. It counts in the entropy alone, which is that of tanh(u): H(u) + E[log
-    tanh'(u)], by quadrature (to 1e-3 for std up to 1). log std is a parameter for each component, the same in every state.
+    tanh'(u)], by quadrature (off by 1e-3 at std 1). log std is a parameter for each component of an
+    action, the same in every state.
     """
 
     def entropy(self):
@@ -1398,9 +1401,9 @@ def init_state(
     hidden = init_hidden(args, env, guider, batch_size)
     one_hidden = init_hidden(args, env, guider, 1)
     first_view = rearrange(obs.agents_view[:1], "1 n o -> 1 1 n o")
-    some_action = rearrange(env.env.action_spec.generate_value(), "n ... -> 1 1 n ...")
+    no_action = env.no_action[None, None]
     start = jnp.zeros((1, 1))
-    guider_params = guider.init(guider_key, first_view, some_action, start, one_hidden.guider)
+    guider_params = guider.init(guider_key, first_view, no_action, start, one_hidden.guider)
     learner_params = learner.init(learner_key, first_view, start, one_hidden.learner)
     guider_opt = optimizers.guider.init(guider_params)
     learner_opt = optimizers.learner.init(learner_params)

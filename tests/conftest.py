@@ -46,7 +46,13 @@ def double_precision():
     """
 
     def with_int32(function):
-        return lambda *inputs: distrax.Categorical(function(*inputs).logits, dtype=jnp.int32)
+        def distribution(*inputs):
+            policy = function(*inputs)
+            if isinstance(policy, distrax.Categorical):
+                return distrax.Categorical(policy.logits, dtype=jnp.int32)
+            return policy
+
+        return distribution
 
     jax.config.update("jax_enable_x64", True)
     with pytest.MonkeyPatch.context() as patch:
@@ -113,10 +119,14 @@ def has_memory(script):
     return hasattr(script, "Hidden")
 
 
-def make_guider(script, kind, num_agents, num_actions, num_heads, num_blocks, embed_dim):
+def make_guider(
+    script, kind, num_agents, num_actions, num_heads, num_blocks, embed_dim, continuous=False
+):
     """A guider; one with memory decays by 0.8 and trains in chunks of two steps."""
-    memory = {"decay_scaling_factor": 0.8, "chunk_steps": 2} if has_memory(script) else {}
-    return script.Guider(kind, num_agents, num_actions, num_heads, num_blocks, embed_dim, **memory)
+    others = {"continuous": continuous}
+    if has_memory(script):
+        others |= {"decay_scaling_factor": 0.8, "chunk_steps": 2}
+    return script.Guider(kind, num_agents, num_actions, num_heads, num_blocks, embed_dim, **others)
 
 
 def random_minibatch(script, seed, guider, learner, num_samples):
@@ -130,6 +140,9 @@ def random_minibatch(script, seed, guider, learner, num_samples):
     obs = random_obs(script, seed, num_samples, guider.num_agents, guider.num_actions)
     obs = jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), obs)
     fields = {"obs": obs, "action": jnp.argmax(obs.action_mask, axis=-1).astype(jnp.int32)}
+    if guider.continuous:
+        size = (*shape, guider.num_agents, guider.num_actions)
+        fields["action"] = jnp.asarray(rng.normal(size=size), float)
     for name in ("behaviour_log_prob", "value", "advantage", "value_target"):
         fields[name] = jnp.asarray(rng.normal(size=(*shape, guider.num_agents)), float)
     if memory:
@@ -266,7 +279,9 @@ def train_with_stand_ins(script, clock, has_win_rate=False, finite_until=1000, *
     updates = {"update_epochs": 2, "num_minibatches": 2}
     args = script.Args(**sizes, **updates, **flags, save=False)
     stop = types.SimpleNamespace(number=0, is_set=lambda: False)
-    env = types.SimpleNamespace(num_agents=2, num_actions=3, has_win_rate=has_win_rate)
+    env = types.SimpleNamespace(
+        num_agents=2, num_actions=3, continuous=False, has_win_rate=has_win_rate
+    )
     logger = RowLogger()
     with pytest.MonkeyPatch.context() as patch:
         for stand_in in (init_state, train_iteration, evaluate, eval_row):

@@ -436,6 +436,7 @@ class ScriptedEnv:
     """
 
     num_agents, num_actions, has_win_rate = 2, 3, True
+    continuous, no_action = False, np.zeros(2, np.int32)
 
     def __init__(self, script):
         self.script = script

@@ -22,6 +22,7 @@ class MatchingGame:
     """
 
     num_agents, num_actions, has_win_rate = 2, 2, False
+    continuous, no_action = False, np.zeros(2, np.int32)
 
     def observe(self):
         return magpo_ff.Observation(jnp.eye(2), jnp.ones((2, 2), bool))

@@ -23,6 +23,7 @@ from conftest import (
     scripts_with,
     train_with_stand_ins,
 )
+from jumanji import specs
 from jumanji.types import StepType, TimeStep
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -232,6 +233,7 @@ class Walk:
     """
 
     num_agents, num_actions, has_win_rate = 2, 3, True
+    continuous, no_action = False, np.zeros(2, np.int32)
 
     def __init__(self, script, num_numbers):
         self.script, self.num_numbers = script, num_numbers
@@ -593,6 +595,8 @@ class LightsObservation(NamedTuple):
 
 class Lights:
     """A Jumanji environment; its state says if a step is the last, and the agents' discounts."""
+
+    action_spec = specs.MultiDiscreteArray(np.full(2, 3))
 
     def timestep(self, last, discount):
         observation = LightsObservation(jnp.zeros((2, 1)), jnp.ones((2, 3), bool))

@@ -365,7 +365,7 @@ def test_no_memory_without_decay(script):
 def test_default_chunks(script, num_steps, num_agents, chunk_steps):
     """By default a chunk holds at most 32 tokens, and at least one step, and divides the
     rollout."""
-    env = types.SimpleNamespace(num_agents=num_agents, num_actions=3)
+    env = types.SimpleNamespace(num_agents=num_agents, num_actions=3, continuous=False)
     assert script.make_networks(script.Args(num_steps=num_steps), env)[0].chunk_steps == chunk_steps
     args = script.Args(num_steps=num_steps, chunk_steps=num_steps)
     assert script.make_networks(args, env)[0].chunk_steps == num_steps
@@ -377,6 +377,7 @@ class CountingEnv:
     ones are truncated."""
 
     num_agents, num_actions, has_win_rate = 2, 3, False
+    continuous, no_action = False, np.zeros(2, np.int32)
 
     def __init__(self, script):
         self.script = script
