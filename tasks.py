@@ -362,6 +362,7 @@ class JaxMarl(Environment):
         """Draws a frame per unbatched state, for `interval` ms each; save_path: file for a GIF."""
         game_states = [jax.tree.map(np.asarray, state.game_state) for state in states]
         figure, draw = self.drawing(game_states)
+        figure.set_size_inches(8, 8)
         animation = FuncAnimation(figure, draw, frames=len(states), interval=interval)
         if save_path:
             animation.save(save_path, writer=PillowWriter(fps=1000 / interval))
@@ -449,7 +450,7 @@ class Smax(JaxMarl):
 
     def drawing(self, game_states: list) -> tuple[Figure, Callable]:
         """One frame per step; JaxMARL's own drawing takes about 10 s for each."""
-        figure = Figure(figsize=(5, 5))
+        figure = Figure()
         return figure, lambda frame: self.draw(figure, game_states[frame].state)
 
     def draw(self, figure: Figure, state: Any) -> None:
@@ -458,12 +459,12 @@ class Smax(JaxMarl):
         ax = figure.add_axes((0, 0, 1, 1))
         ax.set(xlim=(0, self.game.map_width), ylim=(0, self.game.map_height), xticks=[], yticks=[])
         ax.set_title(f"step {state.step}", y=0.93)
-        share = state.unit_health / self.game.unit_type_health[state.unit_types]
+        share = state.unit_health / np.asarray(self.game.unit_type_health)[state.unit_types]
         for unit in np.flatnonzero(state.unit_alive):
             is_ally = unit < self.num_agents
             color = "tab:blue" if is_ally else "tab:red"
             position = state.unit_positions[unit]
-            kind = state.unit_types[unit]
+            kind = state.unit_types[unit]  # whose initial is drawn, e.g. s for a stalker
             radius = self.game.unit_type_radiuses[kind]
             ax.add_patch(Circle(position, radius, facecolor="white", edgecolor=color))
             ax.add_patch(Circle(position, radius, color=color, alpha=share[unit]))
@@ -473,7 +474,7 @@ class Smax(JaxMarl):
             if shot >= 0:
                 target = self.num_agents + shot if is_ally else self.num_agents - 1 - shot
                 ends = np.stack([position, state.unit_positions[target]], axis=1)
-                ax.plot(*ends, color=color, linewidth=1)
+                ax.plot(*ends, color=color, linewidth=1, zorder=0)
 
 
 # -------------------- Multi-particle environments (MPE) -------------------------------------------
