@@ -65,26 +65,22 @@ def replay(request):
         rows = [recording[name] for recording in recordings]
         return np.stack([np.pad(x, ((0, steps - len(x)), (0, 0))) for x in rows])
 
-    inputs = {"action": recorded("action")}
-    if "step_key" in recordings[0]:  # a game with chance in its steps
-        inputs["step_key"] = recorded("step_key")
+    has_chance = GOLDEN_TASKS[request.param] == SMAX  # in its steps
 
-    @jax.jit
-    @jax.vmap
-    def episode(key, inputs):
-        state, obs = env.reset(key)
+    def step(state, inputs):
+        step_key, action = inputs
+        return env.step(state._replace(key=step_key) if has_chance else state, action)
 
-        def step(state, x):
-            if "step_key" in x:
-                state = state._replace(key=x["step_key"])
-            return env.step(state, x["action"])
-
+    def episode(inputs):
+        reset_key, *inputs = inputs
+        state, obs = env.reset(reset_key)
         return obs, jax.lax.scan(step, state, inputs)[1]
 
-    keys = np.stack([recording["reset_key"] for recording in recordings])
-    # With few optimisations the last digits of SMAX differ.
-    jax.config.update("jax_disable_most_optimizations", GOLDEN_TASKS[request.param] != SMAX)
-    first, outcomes = episode(keys, inputs)
+    reset_keys = np.stack([recording["reset_key"] for recording in recordings])
+    inputs = (reset_keys, recorded("step_key"), recorded("action"))
+    # One after the other, because SMAX's last digits differ under vmap, and with few optimisations.
+    jax.config.update("jax_disable_most_optimizations", not has_chance)
+    first, outcomes = jax.jit(functools.partial(jax.lax.map, episode))(inputs)
     jax.config.update("jax_disable_most_optimizations", True)
     first, outcomes = jax.tree.map(np.asarray, (first, outcomes))
 
