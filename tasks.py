@@ -5,28 +5,43 @@ They are what the flags `--env-id` and `--scenario` of the scripts stand for:
     env = tasks.make("RobotWarehouse-v0", "tiny-4ag-hard")
     state, timestep = jax.jit(env.reset)(jax.random.PRNGKey(0))
 
+    python tasks.py     # lists the paper's 43 tasks with their sizes
+
 Every environment that `make` makes for a suite of the papers has
 
     timestep.observation.agents_view   (N, ...), what each of the N agents sees
-    timestep.observation.action_mask   (N, A) bool, True where an action is legal
+    timestep.observation.action_mask   (N, A) bool, True where an action is legal; actions that are
+                                       A continuous numbers are all legal
 
 and, if its episodes can be won, in every timestep, that of a reset included,
 
     timestep.extras["won"]             () bool, True on the step that ends an episode which is won
 
+and, if an agent's reward is its own and no part of a sum that the team earns,
+
+    env.own_rewards                    True
+
 A suite is one function from a scenario's name to an environment, and one entry of `SUITES`. The
 function raises ValueError, with what is allowed, on a name that it cannot use; `make` puts the flag
 before it. The names, and what they stand for, are those of Multi-Agent Guided Policy Optimization
-(arXiv 2507.18059) and of the benchmarks it takes them from. D4 and D5 are details of the README.
+(arXiv 2507.18059) and of the benchmarks it takes them from. D4, D5 and D16 are details of
+the README.
 """
 
+import argparse
+import contextlib
 import functools
+import io
+import math
 import re
-from typing import Any, NamedTuple
+import sys
+from types import ModuleType
+from typing import Any, Callable, NamedTuple, Sequence
 
 import jax
 import jax.numpy as jnp
 import jumanji
+import numpy as np
 from jumanji import specs
 from jumanji.env import Environment
 from jumanji.environments.routing.connector.generator import LegacyRandomWalkGenerator
@@ -34,8 +49,12 @@ from jumanji.environments.routing.lbf.generator import RandomGenerator as LbfGen
 from jumanji.environments.routing.robot_warehouse.generator import (
     RandomGenerator as RwareGenerator,
 )
-from jumanji.types import TimeStep
+from jumanji.types import StepType, TimeStep
 from jumanji.wrappers import Wrapper
+from matplotlib import pyplot
+from matplotlib.animation import FuncAnimation, PillowWriter
+from matplotlib.figure import Figure
+from matplotlib.patches import Circle
 
 
 def make(env_id: str, scenario: str = "") -> Environment:
@@ -85,6 +104,13 @@ def match_rule(rule: str, scenario: str, meaning: str) -> re.Match:
     if match is None:
         raise ValueError(f"does not follow the rule {meaning} (numbers of at most 3 digits)")
     return match
+
+
+class VectorObservation(NamedTuple):
+    """What the agents of Connector, SMAX and MPE see."""
+
+    agents_view: jax.Array  # (N, O) float32
+    action_mask: jax.Array  # (N, A) bool
 
 
 # -------------------- CoordSum --------------------------------------------------------------------
@@ -191,13 +217,6 @@ def make_connector(scenario: str) -> Environment:
     return VectorConnector(env)
 
 
-class VectorObservation(NamedTuple):
-    """What the agents of `VectorConnector` see."""
-
-    agents_view: jax.Array  # (N, 54) float32, see `connector_view`
-    action_mask: jax.Array  # (N, 5) bool
-
-
 class VectorConnector(Wrapper):
     """Jumanji's Connector with a vector for each agent in place of the board that all agents share.
 
@@ -262,9 +281,334 @@ def connector_view(grid: jax.Array, num_agents: int) -> jax.Array:
     return jax.vmap(view)(jnp.arange(num_agents))
 
 
+# -------------------- JaxMARL ---------------------------------------------------------------------
+def import_jaxmarl() -> ModuleType:
+    """Imports JaxMARL, without the two lines that it prints.
+
+    Not at the top of this file: the import takes seconds and starts JAX's backend.
+
+    Raises:
+        ModuleNotFoundError: with what to install, if it is not there.
+    """
+    streams = {name: getattr(sys, name) for name in ("stdout", "stderr", "__stdout__")}
+    # Both, because the import itself sets sys.stdout to sys.__stdout__ before it prints.
+    sys.stdout = sys.__stdout__ = io.StringIO()
+    try:
+        import jaxmarl
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"needs {error.name} (pip install jaxmarl)") from error
+    finally:
+        for name, stream in streams.items():
+            setattr(sys, name, stream)
+    return jaxmarl
+
+
+class JaxMarlState(NamedTuple):
+    """The state of a `JaxMarl` environment."""
+
+    key: jax.Array  # for the next step
+    game_state: Any  # JaxMARL's own state
+
+
+class JaxMarl(Environment):
+    """A game of JaxMARL as a Jumanji environment, without JaxMARL's auto-reset.
+
+    A subclass has `action_spec`, and says of a state of the game what is legal and how it stands
+    (`action_mask`, `terminated`, `extras`), what the agents are paid (`reward`), and how states are
+    drawn: `drawing` gives a figure, and a function that draws the state of an index into it.
+    """
+
+    def __init__(self, game: Any, num_actions: int):
+        """game: JaxMARL's environment; num_actions: A."""
+        self.game = game
+        self.num_agents = game.num_agents
+        self.num_actions = num_actions
+        self.time_limit = game.max_steps + 1  # the game looks at its clock before the clock ticks
+        super().__init__()
+
+    def reset(self, key: jax.Array) -> tuple[JaxMarlState, TimeStep]:
+        """Starts an episode."""
+        obs, game_state = self.game.reset(key)
+        rewards = dict.fromkeys(self.game.agents, jnp.float32(0))
+        timestep = self.make_timestep(StepType.FIRST, obs, game_state, rewards)
+        return JaxMarlState(following_key(key), game_state), timestep
+
+    def step(self, state: JaxMarlState, action: jax.Array) -> tuple[JaxMarlState, TimeStep]:
+        """action: (N,) int32 or (N, A) float32."""
+        actions = {agent: action[j] for j, agent in enumerate(self.game.agents)}
+        results = self.game.step_env(state.key, state.game_state, actions)
+        obs, game_state, rewards, done, _ = results
+        # Only this entry ends an episode: those of the agents say who is dead, and after a win the
+        # survivors' are False.
+        step_type = jnp.where(done["__all__"], StepType.LAST, StepType.MID)
+        timestep = self.make_timestep(step_type, obs, game_state, rewards)
+        return JaxMarlState(following_key(state.key), game_state), timestep
+
+    def make_timestep(self, step_type, obs: dict, game_state: Any, rewards: dict) -> TimeStep:
+        """The timestep of a state; at a time limit the discount is 1, which makes a truncation."""
+        agents_view = jnp.stack([obs[agent] for agent in self.game.agents])
+        observation = VectorObservation(agents_view, self.action_mask(game_state))
+        return TimeStep(
+            step_type=step_type,
+            reward=self.reward(rewards),
+            discount=1.0 - self.terminated(game_state),
+            observation=observation,
+            extras=self.extras(game_state),
+        )
+
+    def animate(
+        self, states: Sequence[JaxMarlState], interval: int = 200, save_path: str = ""
+    ) -> FuncAnimation:
+        """Draws a frame per unbatched state, for `interval` ms each; save_path: file for a GIF."""
+        game_states = [jax.tree.map(np.asarray, state.game_state) for state in states]
+        figure, draw = self.drawing(game_states)
+        figure.set_size_inches(8, 8)
+        animation = FuncAnimation(figure, draw, frames=len(states), interval=interval)
+        if save_path:
+            animation.save(save_path, writer=PillowWriter(fps=1000 / interval))
+        pyplot.close(figure)
+        return animation
+
+    @functools.cached_property
+    def observation_spec(self) -> specs.Spec:
+        """Spec of `VectorObservation`."""
+        (num_features,) = self.game.observation_spaces[self.game.agents[0]].shape
+        view = specs.Array((self.num_agents, num_features), jnp.float32, "agents_view")
+        mask_shape = (self.num_agents, self.num_actions)
+        mask = specs.BoundedArray(mask_shape, bool, False, True, "action_mask")
+        fields = {"agents_view": view, "action_mask": mask}
+        return specs.Spec(VectorObservation, "ObservationSpec", **fields)
+
+
+def following_key(key: jax.Array) -> jax.Array:
+    """A key for the next step, other than the two into which JaxMARL splits `key` itself.
+
+    Those are what folding in 0 and 1 gives.
+    """
+    return jax.random.fold_in(key, 2)
+
+
+# -------------------- SMAX ------------------------------------------------------------------------
+def make_smax(scenario: str) -> Environment:
+    """SMAX against the heuristic enemy on a map, e.g. 2s3z; "": 5 marines on each side."""
+    jaxmarl = import_jaxmarl()
+    from jaxmarl.environments.smax.smax_env import MAP_NAME_TO_SCENARIO
+
+    if scenario and scenario not in MAP_NAME_TO_SCENARIO:
+        raise ValueError(f"unknown map, try one of {', '.join(MAP_NAME_TO_SCENARIO)}")
+    game = jaxmarl.make(
+        "HeuristicEnemySMAX",
+        scenario=MAP_NAME_TO_SCENARIO.get(scenario),
+        see_enemy_actions=True,
+        walls_cause_death=True,
+        attack_mode="closest",
+    )
+    return Smax(game)
+
+
+class Smax(JaxMarl):
+    """The allies of SMAX; the enemies belong to the environment.
+
+    - action: (N,) int32, 0 up, 1 right, 2 down, 3 left, 4 stop, 5 + j shoot at enemy j
+    - reward: () float32, the share of the enemies' health that the step took, and 1 for a win
+    - the episode terminates when one side is dead, and is cut off after `time_limit` steps
+    - a dead agent sees zeros, can only stop, and has the team's reward like all others
+    """
+
+    def __init__(self, game: Any):
+        """game: JaxMARL's HeuristicEnemySMAX."""
+        super().__init__(game, game.num_ally_actions)
+
+    @functools.cached_property
+    def action_spec(self) -> specs.MultiDiscreteArray:
+        """Spec of the action: (N,) int32, each within 0..A-1."""
+        return specs.MultiDiscreteArray(jnp.full(self.num_agents, self.num_actions, jnp.int32))
+
+    def action_mask(self, game_state: Any) -> jax.Array:
+        """(N, A) bool."""
+        legal = self.game.get_avail_actions(game_state)
+        return jnp.stack([legal[agent] for agent in self.game.agents]).astype(bool)
+
+    def reward(self, rewards: dict) -> jax.Array:
+        """() float32: the team's reward, which the game gives to every ally."""
+        return rewards[self.game.agents[0]]
+
+    def survivors(self, game_state: Any) -> tuple[jax.Array, jax.Array]:
+        """() bool each: is an ally alive, is an enemy alive?"""
+        alive = game_state.state.unit_alive  # the allies first
+        return jnp.any(alive[: self.num_agents]), jnp.any(alive[self.num_agents :])
+
+    def terminated(self, game_state: Any) -> jax.Array:
+        """() bool: one side is dead."""
+        ally, enemy = self.survivors(game_state)
+        return ~ally | ~enemy
+
+    def extras(self, game_state: Any) -> dict:
+        """won: only the enemies are dead, the very case in which the last reward is at least 1."""
+        ally, enemy = self.survivors(game_state)
+        return {"won": ally & ~enemy}
+
+    def drawing(self, game_states: list) -> tuple[Figure, Callable]:
+        """One frame per step; JaxMARL's own drawing takes about 10 s for each."""
+        figure = Figure()
+        return figure, lambda frame: self.draw(figure, game_states[frame].state)
+
+    def draw(self, figure: Figure, state: Any) -> None:
+        """Units as circles, allies in blue, paler with less health, and lines to their targets."""
+        figure.clear()
+        ax = figure.add_axes((0, 0, 1, 1))
+        ax.set(xlim=(0, self.game.map_width), ylim=(0, self.game.map_height), xticks=[], yticks=[])
+        ax.set_title(f"step {state.step}", y=0.93)
+        share = state.unit_health / np.asarray(self.game.unit_type_health)[state.unit_types]
+        for unit in np.flatnonzero(state.unit_alive):
+            is_ally = unit < self.num_agents
+            color = "tab:blue" if is_ally else "tab:red"
+            position = state.unit_positions[unit]
+            kind = state.unit_types[unit]  # whose initial is drawn, e.g. s for a stalker
+            radius = self.game.unit_type_radiuses[kind]
+            ax.add_patch(Circle(position, radius, facecolor="white", edgecolor=color))
+            ax.add_patch(Circle(position, radius, color=color, alpha=share[unit]))
+            ax.text(*position, self.game.unit_type_shorthands[kind], ha="center", va="center")
+            # 0 if it does not shoot; an enemy counts the allies from the last one down
+            shot = state.prev_attack_actions[unit] - self.game.num_movement_actions
+            if shot >= 0:
+                target = self.num_agents + shot if is_ally else self.num_agents - 1 - shot
+                ends = np.stack([position, state.unit_positions[target]], axis=1)
+                ax.plot(*ends, color=color, linewidth=1, zorder=0)
+
+
+# -------------------- Multi-particle environments (MPE) -------------------------------------------
+def make_spread(scenario: str) -> Environment:
+    """Simple spread with N agents and N landmarks, e.g. simple_spread_3ag, which "" stands for."""
+    match = match_rule(
+        r"simple_spread_(?P<agents>[0-9]{1,3})ag",
+        scenario or "simple_spread_3ag",
+        "simple_spread_Nag for N agents and N landmarks, e.g. simple_spread_3ag",
+    )
+    num_agents = int(match["agents"])
+    if num_agents == 0:
+        raise ValueError("needs at least 1 agent")
+    game = import_jaxmarl().make(
+        "MPE_simple_spread_v3",
+        num_agents=num_agents,
+        num_landmarks=num_agents,
+        local_ratio=0.5,
+        action_type="Continuous",
+    )
+    return Spread(game)
+
+
+class Spread(JaxMarl):
+    """Agents that should cover the landmarks, and not bump into each other.
+
+    - action: (N, 5) float32 within -1..1, of which 1 to 4 push to the left, right, down and up
+    - reward: (N,) float32, for each agent half of the team's and half of its own, which is -1 for
+      each agent it touches
+    - the episode never terminates, and is cut off after `time_limit` steps
+
+    D16: actions between -1 and 1 go to the game as they are. It announces 0..1, but does not clip:
+    (0, -1, 1, -1, 1) is a force of (10, 10), twice the largest within 0..1.
+    """
+
+    own_rewards = True
+
+    def __init__(self, game: Any):
+        """game: JaxMARL's SimpleSpreadMPE with continuous actions."""
+        super().__init__(game, num_actions=5)
+
+    @functools.cached_property
+    def action_spec(self) -> specs.BoundedArray:
+        """Spec of the action: (N, 5) float32."""
+        return specs.BoundedArray((self.num_agents, self.num_actions), jnp.float32, -1.0, 1.0)
+
+    @functools.cached_property
+    def reward_spec(self) -> specs.Array:
+        """Spec of the reward: (N,) float32."""
+        return specs.Array((self.num_agents,), jnp.float32, "reward")
+
+    def action_mask(self, game_state: Any) -> jax.Array:
+        """(N, 5) bool: continuous actions are all legal."""
+        return jnp.ones((self.num_agents, self.num_actions), bool)
+
+    def reward(self, rewards: dict) -> jax.Array:
+        """(N,) float32: each agent's own."""
+        return jnp.stack([rewards[agent] for agent in self.game.agents])
+
+    def terminated(self, game_state: Any) -> jax.Array:
+        """() bool: never."""
+        return jnp.zeros((), bool)
+
+    def extras(self, game_state: Any) -> dict:
+        """Nothing: there is no way to win."""
+        return {}
+
+    def drawing(self, game_states: list) -> tuple[Figure, Callable]:
+        """JaxMARL's own."""
+        from jaxmarl.environments.mpe import MPEVisualizer
+
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints whether the agents talk
+            visualizer = MPEVisualizer(self.game, game_states)
+        return visualizer.fig, visualizer.update
+
+
+# -------------------- All of them -----------------------------------------------------------------
 SUITES = {
     "CoordSum-v0": make_coordsum,
     "RobotWarehouse-v0": make_rware,
     "LevelBasedForaging-v0": make_lbf,
     "Connector-v3": make_connector,
+    "SMAX": make_smax,
+    "MPE_simple_spread_v3": make_spread,
 }
+
+PAPER_TASKS = {  # the 43 tasks of the paper
+    "CoordSum-v0": ["3x10-30", "3x30-50", "5x20-80", "8x15-100"],
+    "RobotWarehouse-v0": [
+        "tiny-2ag", "tiny-2ag-hard", "tiny-4ag", "tiny-4ag-hard", "small-4ag", "small-4ag-hard",
+        "medium-4ag", "medium-4ag-hard", "medium-6ag", "large-4ag", "large-4ag-hard", "large-8ag",
+        "large-8ag-hard", "xlarge-4ag", "xlarge-4ag-hard",
+    ],
+    "LevelBasedForaging-v0": [
+        "2s-8x8-2p-2f-coop", "8x8-2p-2f-coop", "2s-10x10-3p-3f", "10x10-3p-3f", "15x15-3p-5f",
+        "15x15-4p-3f", "15x15-4p-5f",
+    ],
+    "Connector-v3": ["con-5x5x3a", "con-7x7x5a", "con-10x10x10a", "con-15x15x23a"],
+    "SMAX": [
+        "2s3z", "3s5z", "3s_vs_5z", "5m_vs_6m", "6h_vs_8z", "10m_vs_11m", "27m_vs_30m",
+        "3s5z_vs_3s6z", "smacv2_5_units", "smacv2_10_units",
+    ],
+    "MPE_simple_spread_v3": ["simple_spread_3ag", "simple_spread_5ag", "simple_spread_10ag"],
+}  # fmt: skip
+
+
+def describe(env_id: str, scenario: str) -> tuple[str, ...]:
+    """A task's row in the table of `main`. Computes nothing but shapes."""
+    env = make(env_id, scenario)
+    _, timestep = jax.eval_shape(env.reset, jax.random.PRNGKey(0))
+    observation = timestep.observation
+    num_agents, num_actions = observation.action_mask.shape
+    num_features = math.prod(observation.agents_view.shape[1:])
+    is_discrete = isinstance(env.action_spec, specs.MultiDiscreteArray)
+    kind = "discrete" if is_discrete else "continuous"
+    sizes = (num_features, num_agents + num_features, env.time_limit)
+    return env_id, scenario, str(num_agents), f"{num_actions} {kind}", *map(str, sizes)
+
+
+def main() -> None:
+    """Prints the paper's tasks."""
+    argparse.ArgumentParser(description="Lists the paper's 43 tasks.").parse_args()
+    rows = [("--env-id", "--scenario", "agents", "actions", "features", "with ids", "steps")]
+    try:
+        for env_id, scenarios in PAPER_TASKS.items():
+            rows += [describe(env_id, scenario) for scenario in scenarios]
+    except ModuleNotFoundError as error:
+        sys.exit(f"tasks.py: error: --env-id {env_id}: {error}")
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+    print("features: the numbers that an agent sees, without and with the id that the scripts add;")
+    print("steps: of the longest episode")
+
+
+if __name__ == "__main__":
+    main()

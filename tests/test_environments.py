@@ -27,7 +27,7 @@ SHARED = [
 ]
 GOLDEN = pathlib.Path(__file__).parent / "data" / "golden_envs.npz"
 RWARE, LBF, CONNECTOR = "RobotWarehouse-v0", "LevelBasedForaging-v0", "Connector-v3"
-COORDSUM = "CoordSum-v0"
+COORDSUM, SMAX = "CoordSum-v0", "SMAX"
 
 
 @pytest.mark.parametrize("other", SCRIPTS[1:])
@@ -44,6 +44,7 @@ GOLDEN_TASKS = {
     "lbf/2s-10x10-3p-3f": LBF,
     "lbf/8x8-2p-2f-coop": LBF,
     "connector/con-5x5x3a": CONNECTOR,
+    "smax/2s3z": SMAX,
 }
 
 
@@ -58,19 +59,29 @@ def replay(request):
         ]
     env = script.make_env(GOLDEN_TASKS[request.param], request.param.split("/")[1])
     steps = max(len(recording["action"]) for recording in recordings)
-    actions = []
-    for recording in recordings:
-        missing = steps - len(recording["action"])
-        actions.append(np.pad(recording["action"], ((0, missing), (0, 0))))
 
-    @jax.jit
-    @jax.vmap
-    def episode(key, actions):
-        state, obs = env.reset(key)
-        return obs, jax.lax.scan(env.step, state, actions)[1]
+    def recorded(name):
+        """A recording's rows of both episodes, the shorter one filled up with zeros."""
+        rows = [recording[name] for recording in recordings]
+        return np.stack([np.pad(x, ((0, steps - len(x)), (0, 0))) for x in rows])
 
-    keys = np.stack([recording["reset_key"] for recording in recordings])
-    first, outcomes = episode(keys, np.stack(actions))
+    has_chance = GOLDEN_TASKS[request.param] == SMAX  # in its steps
+
+    def step(state, inputs):
+        step_key, action = inputs
+        return env.step(state._replace(key=step_key) if has_chance else state, action)
+
+    def episode(inputs):
+        reset_key, *inputs = inputs
+        state, obs = env.reset(reset_key)
+        return obs, jax.lax.scan(step, state, inputs)[1]
+
+    reset_keys = np.stack([recording["reset_key"] for recording in recordings])
+    inputs = (reset_keys, recorded("step_key"), recorded("action"))
+    # One after the other, because SMAX's last digits differ under vmap, and with few optimisations.
+    jax.config.update("jax_disable_most_optimizations", not has_chance)
+    first, outcomes = jax.jit(functools.partial(jax.lax.map, episode))(inputs)
+    jax.config.update("jax_disable_most_optimizations", True)
     first, outcomes = jax.tree.map(np.asarray, (first, outcomes))
 
     def played(i):
@@ -123,9 +134,11 @@ def test_rware_time_limit_terminates():
 
 
 def test_who_has_a_win_rate():
-    """Connector has a win rate, with and without a scenario; the other suites have none."""
+    """Connector and SMAX have a win rate, with and without a scenario; other suites have none."""
     assert script.make_env(CONNECTOR, "con-5x5x3a").has_win_rate
     assert script.make_env(CONNECTOR, "").has_win_rate
+    assert script.make_env(SMAX, "2s3z").has_win_rate
+    assert script.make_env(SMAX, "").has_win_rate
     assert not script.make_env(LBF, "8x8-2p-2f-coop").has_win_rate
     assert not script.make_env(COORDSUM, "").has_win_rate
 
@@ -320,6 +333,8 @@ def test_error_inside_an_environment():
     (LBF, "3x3-2p-2f", "--scenario 3x3-2p-2f: "),
     ("Snake-v1", "tiny-2ag", "--scenario tiny-2ag: Snake-v1 takes none"),
     ("Lanes-v0", "tiny-2ag", "--scenario tiny-2ag: Lanes-v0 takes none"),
+    (SMAX, "2s3zz", "--scenario 2s3zz: unknown map, try one of 3m, 2s3z, "),
+    ("MPE_simple_spread_v3", "3ag", "--scenario 3ag: does not follow the rule simple_spread_Nag"),
     ("Nope-v0", "", "--env-id Nope-v0: unknown"),
     ("Nope-v0", "tiny-2ag", "--env-id Nope-v0: unknown"),
     ("", "", "--env-id : unknown"),
@@ -340,9 +355,11 @@ def test_refusals(env_id, scenario, start):
     (CONNECTOR, "", "tasks", "--env-id Connector-v3"),
     (COORDSUM, "", "coordsum", "--env-id CoordSum-v0"),
     (COORDSUM, "3x10-30", "coordsum", "--scenario 3x10-30"),
+    (SMAX, "", "jaxmarl", "--env-id SMAX"),
+    (SMAX, "2s3z", "jaxmarl", "--scenario 2s3z"),
 ])
 def test_missing_file(env_id, scenario, module, flag, monkeypatch):
-    """Without tasks.py or coordsum.py the flag that needs it is refused, with the file's name."""
+    """Without tasks.py, coordsum.py or JaxMARL the flag that needs it is refused, with its name."""
     monkeypatch.setitem(sys.modules, module, None)
     registered = jumanji.registered_environments() - {COORDSUM}  # other tests import coordsum
     monkeypatch.setattr(jumanji, "registered_environments", lambda: registered)
