@@ -3,7 +3,7 @@
     python examples/use_learner.py runs/CoordSum-v0__3x10=10__magpo_ff__1__1760000000
 
 As a program it plays one episode in which each agent decides by itself. To copy: `load_learner`,
-and `decide`, or `decide_with_memory` for magpo_rec.py.
+`likeliest`, and `decide`, or `decide_with_memory` for magpo_rec.py.
 """
 
 import importlib
@@ -24,13 +24,21 @@ def load_learner(script, path):
     params = unflatten_dict(load_file(path), sep=",")
     num_actions = params["params"]["Dense_2"]["bias"].size
     hidden_dim = params["params"]["Dense_0"]["bias"].size
-    return script.Learner(num_actions, hidden_dim), params
+    continuous = "AppendLogStd_0" in params["params"]
+    return script.Learner(num_actions, hidden_dim, continuous), params
+
+
+def likeliest(logits, action_mask):
+    """logits (A,) -> the likeliest legal action; if continuous, (2 A,) -> the mean, before tanh."""
+    num_actions = action_mask.size
+    if logits.size == 2 * num_actions:
+        return logits[:num_actions]
+    return jnp.argmax(jnp.where(action_mask, logits, -jnp.inf))
 
 
 def decide(learner, params, view, action_mask):
-    """view (O,), the agent's one-hot id first; action_mask (A,) -> the likeliest legal action."""
-    logits = learner.apply(params, view)
-    return jnp.argmax(jnp.where(action_mask, logits, -jnp.inf))
+    """view (O,), the agent's one-hot id first; action_mask (A,) -> action, see `likeliest`."""
+    return likeliest(learner.apply(params, view), action_mask)
 
 
 def decide_with_memory(learner, params, view, action_mask, timestep, hidden):
@@ -40,34 +48,34 @@ def decide_with_memory(learner, params, view, action_mask, timestep, hidden):
     """
     view = view[None, None, None]  # (1, 1, 1, O): one game, one step, one agent
     logits, hidden = learner.apply(params, view, jnp.full((1, 1), timestep), hidden[None, None])
-    return jnp.argmax(jnp.where(action_mask, logits[0, 0, 0], -jnp.inf)), hidden[0, 0]
+    return likeliest(logits[0, 0, 0], action_mask), hidden[0, 0]
 
 
-def play(env, learner, params, has_memory):
-    """One episode of a Jumanji environment, agent after agent -> steps, the sum of all rewards."""
-    state, timestep = jax.jit(env.reset)(jax.random.PRNGKey(0))
-    num_agents = timestep.observation.action_mask.shape[0]
-    agent_id = jnp.eye(num_agents)
+def play(team_env, learner, params, has_memory):
+    """One episode of a TeamEnv, agent after agent -> steps, the team's return."""
+    num_agents = team_env.num_agents
     hidden = [jnp.zeros(learner.hidden_dim)] * num_agents
     choose = jax.jit(decide_with_memory if has_memory else decide, static_argnums=0)
-    step = jax.jit(env.step)
+    step = jax.jit(team_env.step)
+    state, obs = jax.jit(team_env.reset)(jax.random.PRNGKey(0))
     step_count = 0
     total = 0.0
-    while not timestep.last():
+    last = False
+    while not last:
         actions = []
         for j in range(num_agents):
-            seen = timestep.observation.agents_view[j].ravel().astype(jnp.float32)
-            view = jnp.concatenate([agent_id[j], seen])
-            mask = timestep.observation.action_mask[j]
+            view, mask = obs.agents_view[j], obs.action_mask[j]
             if has_memory:
                 past = (float(step_count), hidden[j])
                 action, hidden[j] = choose(learner, params, view, mask, *past)
             else:
                 action = choose(learner, params, view, mask)
             actions.append(action)
-        state, timestep = step(state, jnp.stack(actions).astype(jnp.int32))
+        # Continuous actions are brought within their bounds here, by `TeamEnv.bounded`.
+        state, outcome = step(state, jnp.stack(actions))
+        obs, last = outcome.obs, bool(outcome.last)
         step_count += 1
-        total += float(jnp.sum(timestep.reward))
+        total += float(jnp.mean(outcome.reward))
     return step_count, total
 
 
@@ -79,7 +87,7 @@ def main() -> None:
         with open(os.path.join(folder, "args.json")) as file:
             about = json.load(file)
         script = importlib.import_module(about["script"].removesuffix(".py"))
-        env = script.make_env(about["args"]["env_id"], about["args"]["scenario"]).env
+        env = script.make_env(about["args"]["env_id"], about["args"]["scenario"])
         learner, params = load_learner(script, os.path.join(folder, "learner.safetensors"))
     except Exception as error:  # a damaged file may raise about any
         reason = str(error).partition("\n")[0]
