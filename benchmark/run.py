@@ -14,7 +14,7 @@ first, so do not run a command by hand while a sweep runs it, too.
 
 In a file # begins a comment, and a line that ends in a backslash goes on in the next.
 
-Of several jobs, on Linux, each gets its own share of the CPU's cores: two runs side by side, on half
+On Linux each of several jobs gets its own share of the CPU's cores: two runs side by side, on half
 of the cores each, are done sooner than one after the other on all of them. On a GPU, stay with one.
 """
 import ast
