@@ -75,6 +75,7 @@ def make_table(finals: pd.DataFrame) -> pd.DataFrame:
         row["steps"] = f"{runs['global_step'].max():,}"
         low, high = interval(mean, [runs["learner"].to_numpy()])
         row["learner [95% CI]"] = with_interval(runs["learner"].mean(), low, high)
+        row["worst seed"] = f"{runs['learner'].min():.3g}"
         for column in ("guider", "gap", "learner_kl", "win_rate"):
             value = runs[column].mean()
             row[column] = "" if pd.isna(value) else f"{value:.3g}"

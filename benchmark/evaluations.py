@@ -11,6 +11,7 @@ benchmark/results, a row for each evaluation:
 What a script or an environment does not have is empty.
 """
 import glob
+import math
 import os
 import re
 import sys
@@ -56,9 +57,9 @@ def make_row(args: dict, row: dict) -> dict:
     evaluation = {name: args[name] for name in RUN}
     evaluation["global_step"] = row["global_step"]
     evaluation["learner"] = row["eval/learner_return"]
-    evaluation["guider"] = row.get("eval/guider_return")
-    evaluation["win_rate"] = row.get("eval/win_rate")
-    evaluation["learner_kl"] = row.get("losses/learner_kl")
+    evaluation["guider"] = row.get("eval/guider_return", math.nan)
+    evaluation["win_rate"] = row.get("eval/win_rate", math.nan)
+    evaluation["learner_kl"] = row.get("losses/learner_kl", math.nan)
     parts = (row[f"time/{part}_s"] for part in ("compile", "train", "eval"))
     evaluation["wall_seconds"] = round(sum(parts), 1)
     return evaluation
@@ -124,8 +125,11 @@ def load(options: Options) -> pd.DataFrame:
 
     Raises InputError or OSError.
     """
+    if options.last < 1:
+        raise InputError(f"--last {options.last}: must be above 0")
     frame = read(options.sources, options.partial)
     if options.export:
+        os.makedirs(os.path.dirname(options.export) or ".", exist_ok=True)
         frame.to_csv(options.export, index=False, float_format="%.6g")
     return group(frame, options.only, options.labels, options.guider_of)
 
@@ -165,7 +169,7 @@ def group(frame: pd.DataFrame, only: str, labels: dict, guider_of: dict) -> pd.D
         guider = frame[frame["exp_name"] == exp_name].copy()
         guider["learner"] = guider["guider"]
         guider["label"] = label
-        guider[["win_rate", "learner_kl"]] = None
+        guider[["win_rate", "learner_kl"]] = math.nan
         frame = pd.concat([frame, guider])
     frame["gap"] = frame["guider"] - frame["learner"]
     frame = frame.sort_values([*GROUP, "seed", "global_step"], key=sort_key, ignore_index=True)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import evaluations
-import matplotlib
+import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
 import tyro
@@ -29,8 +29,9 @@ PANELS = {
     "learner_kl": "KL(guider || learner)",
     "win_rate": "learner: share of episodes won",
 }
+FREE = {"sharex": False, "sharey": False, "legend_out": False}
 Panel = Literal[tuple(PANELS)]
-matplotlib.use("Agg")  # without a display
+plt.switch_backend("agg")  # without a display
 
 
 @dataclass
@@ -46,6 +47,8 @@ def draw_curves(frame: pd.DataFrame, panels: tuple, baselines: tuple) -> sns.Fac
     colours = dict(zip(frame["label"].unique(), sns.color_palette("colorblind", 99)))
     dashes = dict.fromkeys(colours, "")
     for scenario, value, label in baselines:  # a level curve
+        if scenario not in set(frame["scenario"]):
+            raise evaluations.InputError(f"--baseline {scenario}: there is no such scenario")
         colours[label], dashes[label] = "0.35", (4, 3)
         ends = frame[frame["scenario"] == scenario].groupby("task", as_index=False)["global_step"]
         level = ends.agg(["min", "max"]).melt("task", value_name="global_step")
@@ -58,7 +61,7 @@ def draw_curves(frame: pd.DataFrame, panels: tuple, baselines: tuple) -> sns.Fac
     grid = sns.relplot(
         curves.dropna(), kind="line", x="global_step", y="value", errorbar=("ci", 95), seed=0,
         hue="label", palette=colours, style="label", dashes=dashes, height=2.6, aspect=1.3,
-        facet_kws={"sharex": False, "sharey": False, "margin_titles": len(panels) > 1}, **facets,
+        facet_kws=FREE | {"margin_titles": len(panels) > 1}, **facets,
     )
     if {"learner", "guider"} <= set(panels):  # on one scale
         for task in frame["task"].unique():
@@ -77,7 +80,7 @@ def draw_bars(finals: pd.DataFrame) -> sns.FacetGrid:
     returns = finals.melt(evaluations.GROUP, ["learner", "guider"], "policy", "return")
     grid = sns.catplot(
         returns, kind="bar", x="return", y="label", hue="policy", col="task", palette="pastel",
-        errorbar=("ci", 95), seed=0, sharex=False, height=4, aspect=1.5,
+        errorbar=("ci", 95), seed=0, height=4, aspect=1.5, **FREE,
     )
     dots = {"dodge": True, "jitter": False, "size": 4, "palette": "dark:black"}
     grid.map_dataframe(sns.stripplot, x="return", y="label", hue="policy", **dots)
@@ -102,6 +105,7 @@ def show(options: Options) -> None:
         sns.move_legend(grid, **place, ncols=4, title=None, frameon=False)
         grid.figure.suptitle(options.title, y=1.03)
         grid.savefig(options.out, dpi=150)
+        plt.close(grid.figure)
 
 
 def main(words: list | None = None) -> int:

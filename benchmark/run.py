@@ -107,6 +107,9 @@ def make_commands(options: Options) -> list:
     lines = [x for x in read_lines(options.file) if re.search(options.only, x)]
     if not lines:
         raise ValueError(f"--only {options.only}: found in no command of {options.file}")
+    for line in lines:
+        if "--seed" in line or "--run-dir" in line:
+            raise ValueError(f"--seed and --run-dir are added, and must not be there: {line}")
     flags = f"--run-dir {shlex.quote(run_dir)}"
     if options.total_timesteps is not None:
         flags += f" --total-timesteps {options.total_timesteps}"
