@@ -4,7 +4,7 @@ interquartile mean and probability of improvement, with 95% stratified bootstrap
     python benchmark/aggregate.py benchmark/results/paper.csv --reference magpo --out aggregate.png
 
 A score is a run's final return of the learner, scaled so that 0 is the lowest and 1 the highest
-evaluation that any run of its task has had. The functions take a list with an array for each task,
+evaluation of all runs shown of its task. The functions take a list with an array for each task,
 of as many scores as the task has seeds. The bootstrap is scipy's: it draws the seeds of every task
 anew, never the tasks. With few seeds its intervals are rather too narrow.
 """
@@ -25,7 +25,6 @@ class Options(evaluations.Options):
 
 
 # -------------------- Statistics ------------------------------------------------------------------
-
 def mean(*scores: np.ndarray, axis: int = -1) -> np.ndarray:
     """Mean over the runs of all tasks."""
     return np.concatenate(scores, axis).mean(axis)

@@ -23,8 +23,8 @@ import tyro
 from run import read_run
 
 RUN = ["env_id", "scenario", "exp_name", "seed"]
-MEASURES = ["learner", "guider", "win_rate", "learner_kl", "wall_seconds"]
-COLUMNS = [*RUN, "global_step", *MEASURES]
+MEANS = ["learner", "guider", "win_rate", "learner_kl"]
+COLUMNS = [*RUN, "global_step", *MEANS, "wall_seconds"]
 GROUP = ["task", "label"]  # runs that differ in their seed alone
 NOT_COMPARED = {"seed", "run_dir", "resume", "cache", "num_devices"}
 
@@ -40,9 +40,10 @@ class Options:
     out: str = ""  # PNG to write
     table: str = ""  # Markdown file to write the table to
     only: str = ""  # regular expression: only runs with it in "ENV_ID SCENARIO EXP_NAME"
-    labels: dict[str, str] = field(default_factory=dict)  # EXP_NAME LABEL: other names in pictures
+    # EXP_NAME LABEL: other names in pictures and tables
+    labels: dict[str, str] = field(default_factory=dict)
+    # EXP_NAME LABEL: its guider is shown as one more learner, under this label
     guider_of: dict[str, str] = field(default_factory=dict)
-    """EXP_NAME LABEL: the guider of this one is shown as one more learner, under this label"""
     last: int = 3  # evaluations whose mean is a run's final result
     partial: bool = False  # take unfinished runs, too
 
@@ -84,6 +85,7 @@ def read_runs(run_dir: str, partial: bool = False) -> pd.DataFrame:
             warn(f"the same name and seed again, the later one counts: {folder}")
         rows_of[run] = [make_row(args, row) for row in rows]
         flags = {name: args[name] for name in args.keys() - NOT_COMPARED}
+        flags["script"] = about["script"]
         first = flags_of.setdefault(run[:-1], flags)
         differ = sorted(name for name in flags if flags[name] != first.get(name))
         if differ:
@@ -173,6 +175,10 @@ def group(frame: pd.DataFrame, only: str, labels: dict, guider_of: dict) -> pd.D
         frame = pd.concat([frame, guider])
     frame["gap"] = frame["guider"] - frame["learner"]
     frame = frame.sort_values([*GROUP, "seed", "global_step"], key=sort_key, ignore_index=True)
+    again = frame[frame.duplicated([*GROUP, "seed", "global_step"])]
+    if not again.empty:
+        task, label, seed = again[[*GROUP, "seed"]].iloc[0]
+        raise InputError(f"{task} {label}: there are two runs with seed {seed}")
     num_seeds = frame.groupby(GROUP)["seed"].transform("nunique")
     num_there = frame.groupby([*GROUP, "global_step"])["seed"].transform("nunique")
     return frame[num_there == num_seeds]
@@ -189,8 +195,7 @@ def final(frame: pd.DataFrame, last: int) -> pd.DataFrame:
     """The mean over the last evaluations of each run, a row a run; of steps and seconds the end."""
     runs = frame.groupby([*GROUP, "seed"], sort=False)
     means = frame.loc[runs.tail(last).index].groupby([*GROUP, "seed"], sort=False)
-    columns = ["learner", "guider", "gap", "win_rate", "learner_kl"]
-    result = means[columns].mean()
+    result = means[[*MEANS, "gap"]].mean()
     result[["global_step", "wall_seconds"]] = runs[["global_step", "wall_seconds"]].last()
     return result.reset_index()
 

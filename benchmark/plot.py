@@ -55,7 +55,7 @@ def draw_curves(frame: pd.DataFrame, panels: tuple, baselines: tuple) -> sns.Fac
         frame = pd.concat([frame, level.assign(label=label, learner=value, guider=value)])
     titles = [PANELS[panel] for panel in panels]
     curves = frame.rename(columns=PANELS).melt(["task", "label", "global_step"], titles, "panel")
-    facets = {"col": "task", "col_wrap": 3}
+    facets = {"col": "task", "col_wrap": min(3, frame["task"].nunique())}
     if len(panels) > 1:
         facets = {"row": "task", "col": "panel", "col_order": titles}
     grid = sns.relplot(
@@ -80,7 +80,8 @@ def draw_bars(finals: pd.DataFrame) -> sns.FacetGrid:
     returns = finals.melt(evaluations.GROUP, ["learner", "guider"], "policy", "return")
     grid = sns.catplot(
         returns, kind="bar", x="return", y="label", hue="policy", col="task", palette="pastel",
-        errorbar=("ci", 95), seed=0, height=4, aspect=1.5, **FREE,
+        errorbar=("ci", 95), seed=0, height=4, aspect=1.5,
+        col_wrap=min(3, finals["task"].nunique()), **FREE,
     )
     dots = {"dodge": True, "jitter": False, "size": 4, "palette": "dark:black"}
     grid.map_dataframe(sns.stripplot, x="return", y="label", hue="policy", **dots)

@@ -310,6 +310,8 @@ def test_what_cannot_be_drawn_is_one_line(results, tmp_path, capsys):
         ([results, "--only", "smax"], "--only smax: found in no run"),
         ([results, "--labels", "x", "y"], "--labels x: there is no run of this name"),
         ([results, "--guider-of", "x", "y"], "--guider-of x: there is no run of this name"),
+        ([results, results], "CoordSum-v0 3x10=10 magpo: there are two runs with seed 1"),
+        ([results, "--labels", "mappo", "magpo"], "magpo: there are two runs with seed 1"),
         ([results, "--last", "0"], "--last 0: must be above 0"),
         ([results, "--out", "x.png", "--baseline", "3x", "1", "y"], "--baseline 3x: there is no"),
     ):
