@@ -1,21 +1,22 @@
-"""Runs those commands of a file that have not finished yet, so that an interrupted sweep continues
-where it stopped.
+"""Runs the commands of a file, once a seed, and leaves out those that have finished, so that an
+interrupted sweep continues where it stopped.
 
-    python benchmark/run.py benchmark/figure1.txt --jobs 2
-    python benchmark/run.py benchmark/figure1.txt --jobs 2 --only "magpo.*--seed [12] "
-    python benchmark/run.py benchmark/figure1.txt --dry-run
+    python benchmark/run.py benchmark/figure1.txt --seeds 1 2 3 4 5 --jobs 2
+    python benchmark/run.py benchmark/figure1.txt --only "magpo.*sable" --dry-run
+    python benchmark/run.py benchmark/paper.txt --only "tiny-2ag " --total-timesteps 2000000
 
-Start it in the repository's root: it runs the commands as they stand, but with the Python that it
-runs under itself. A command counts as finished if its run dir holds a run of the same script with
-the same arguments, the script's defaults included, that was evaluated at its last step. A run that
-was interrupted goes on from its checkpoint (`--resume`); one of the same name that left none is
-removed first, so do not run a command by hand while a sweep runs it, too.
+Start it in the repository's root: it runs the commands as they stand there, each with `--seed` and
+`--run-dir` added, and with the Python that it runs under itself. The runs of benchmark/NAME.txt go
+to benchmark/runs/NAME. A command counts as finished if there is a run of the same script with the
+same arguments, the script's defaults included, that was evaluated at its last step. A run that was
+interrupted goes on from its checkpoint (`--resume`); one of the same name that left none is removed
+first, so do not run a command by hand while a sweep runs it, too.
 
---jobs J runs J commands at a time. On Linux each gets its own share of the CPU's cores: two runs
-side by side on half of the cores each are done sooner than one after the other on all of them. On
-one GPU, stay with --jobs 1.
+In a file # begins a comment, and a line that ends in a backslash goes on in the next.
+
+On Linux each of several jobs gets its own share of the CPU's cores: two runs side by side, on half
+of the cores each, are done sooner than one after the other on all of them. On a GPU, stay with one.
 """
-import argparse
 import ast
 import functools
 import glob
@@ -28,43 +29,101 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
+from typing import NamedTuple, Optional
+
+import tyro
+
+
+@dataclass
+class Options:
+    file: tyro.conf.Positional[str]  # text file with the commands
+    seeds: tuple[int, ...] = (1,)  # every command runs once with each, seed by seed
+    only: str = ""  # regular expression: only the commands of the file in which it is found
+    total_timesteps: Optional[int] = None  # in place of what the commands say
+    num_evals: Optional[int] = None  # in place of what the commands say
+    jobs: int = 1  # commands that run at a time
+    dry_run: bool = False  # only print what has finished and what would run
+
+
+class Command(NamedTuple):
+    line: str  # as a user would type it
+    script: str
+    args: dict  # all that it stands for: the script's defaults, then the flags
+
+
+# -------------------- Commands --------------------------------------------------------------------
+def read_lines(path: str) -> list:
+    """The commands of a file, one string each, without comments and line breaks."""
+    with open(path) as file:
+        text = file.read().replace("\\\n", " ")
+    commands = [shlex.split(line, comments=True) for line in text.splitlines()]
+    return [shlex.join(words) for words in commands if words]
 
 
 @functools.cache
 def read_defaults(script: str) -> dict:
-    """A script's flags and their defaults, read from its class Args without running it."""
+    """A script's flags and their defaults, read from its class Args.
+
+    The script is not run for it, for it could take hold of the GPU.
+    """
     with open(script) as file:
-        body = next(
-            x.body
-            for x in ast.parse(file.read()).body
-            if isinstance(x, ast.ClassDef) and x.name == "Args"
-        )
-    defaults = {
-        x.target.id: getattr(x.value, "value", None) for x in body if isinstance(x, ast.AnnAssign)
-    }
+        statements = ast.parse(file.read()).body
+    (args_class,) = [x for x in statements if getattr(x, "name", "") == "Args"]
+    fields = [x for x in args_class.body if isinstance(x, ast.AnnAssign)]
+    defaults = {x.target.id: getattr(x.value, "value", None) for x in fields}
     # the one that is no constant
-    return defaults | {"exp_name": os.path.basename(script)[: -len(".py")]}
+    return defaults | {"exp_name": os.path.basename(script).removesuffix(".py")}
 
 
-def parse(line: str) -> tuple:
-    """A command -> its script, and all arguments it stands for (dict): the script's defaults, then
-    the flags."""
-    script, *words = shlex.split(line)[1:]
+def parse(line: str) -> Command:
+    """Raises ValueError, naming the flag, if the script has no such flag or its value is missing,
+    OSError if there is no such script."""
+    _, script, *words = shlex.split(line)
     args = dict(read_defaults(script))
     while words:
         flag, _, text = words.pop(0).partition("=")
         name = flag.removeprefix("--").replace("-", "_")
-        switch = isinstance(args.get(name.removeprefix("no_")), bool)
-        if not flag.startswith("--") or not (switch or name in args and (text or words)):
-            raise ValueError(f"{script} has no flag {flag}, or it lacks its value: {line}")
-        if switch:
-            args[name.removeprefix("no_")] = not name.startswith("no_")
-        else:
-            kind = type(args[name]) if isinstance(args[name], (int, float)) else str
-            args[name] = kind(text or words.pop(0))
-    return script, args
+        switch = name.removeprefix("no_")
+        if not flag.startswith("--"):
+            raise ValueError(f"{flag} is not a flag: {line}")
+        if isinstance(args.get(switch), bool):
+            args[switch] = name == switch
+            continue
+        if name not in args:
+            raise ValueError(f"{script} has no flag {flag}: {line}")
+        if not text and not words:
+            raise ValueError(f"{flag} lacks its value: {line}")
+        text = text or words.pop(0)
+        is_number = isinstance(args[name], (int, float))
+        args[name] = type(args[name])(text) if is_number else text
+    return Command(line, script, args)
 
 
+def make_commands(options: Options) -> list:
+    """All commands to run, seed by seed. Raises ValueError or OSError, in words."""
+    folder, file = os.path.split(options.file)
+    run_dir = os.path.join(folder, "runs", file.removesuffix(".txt"))
+    lines = [x for x in read_lines(options.file) if re.search(options.only, x)]
+    if not lines:
+        raise ValueError(f"--only {options.only}: found in no command of {options.file}")
+    for line in lines:
+        if "--seed" in line or "--run-dir" in line:
+            raise ValueError(f"--seed and --run-dir are added, and must not be there: {line}")
+    flags = f"--run-dir {shlex.quote(run_dir)}"
+    if options.total_timesteps is not None:
+        flags += f" --total-timesteps {options.total_timesteps}"
+    if options.num_evals is not None:
+        flags += f" --num-evals {options.num_evals}"
+    commands = [parse(f"{x} {flags} --seed {seed}") for seed in options.seeds for x in lines]
+    names = [run_name(command.args) for command in commands]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"two commands would make runs of the same name: {name}")
+    return commands
+
+
+# -------------------- Runs ------------------------------------------------------------------------
 def run_name(args: dict) -> str:
     """The name of a run's folder without the time at its end."""
     env_id = re.sub(r"[^\w.=-]", "_", args["env_id"])
@@ -89,146 +148,123 @@ def read_run(folder: str) -> tuple:
 
 
 def find_runs(args: dict) -> list:
-    """Folders of the runs of this name, whatever their other arguments are."""
-    names = os.listdir(args["run_dir"]) if os.path.isdir(args["run_dir"]) else []
-    return [
-        os.path.join(args["run_dir"], x)
-        for x in sorted(names)
-        if x.rpartition("__")[0] == run_name(args)
-    ]
+    """Folders of the runs of this name, whatever their other arguments are, the oldest first."""
+    if not os.path.isdir(args["run_dir"]):
+        return []
+    names = sorted(os.listdir(args["run_dir"]))
+    names = [x for x in names if x.rpartition("__")[0] == run_name(args)]
+    return [os.path.join(args["run_dir"], x) for x in names]
 
 
-def is_of(script: str, args: dict, about: dict) -> bool:
+def is_of(command: Command, about: dict) -> bool:
     """True if a run's args.json is of this script with these arguments."""
     ignored = {"run_dir", "resume", "cache"}
-    if args["num_devices"] == 0:
+    if command.args["num_devices"] == 0:
         ignored.add("num_devices")  # the number used is recorded
-    if not about or os.path.basename(about["command"].split()[0]) != os.path.basename(script):
+    if not about or about["script"] != os.path.basename(command.script):
         return False
-    recorded = read_defaults(script) | about["args"]  # a new flag counts with its default
-    return all(recorded[name] == args[name] for name in args.keys() - ignored)
+    recorded = read_defaults(command.script) | about["args"]  # a new flag counts with its default
+    return all(recorded[x] == command.args[x] for x in command.args.keys() - ignored)
 
 
-def is_finished(script: str, args: dict) -> bool:
+def is_finished(command: Command) -> bool:
     """True if there is a complete run of this script with these arguments."""
-    runs = map(read_run, find_runs(args))
-    return any(complete and is_of(script, args, about) for about, _, complete in runs)
+    runs = [read_run(folder) for folder in find_runs(command.args)]
+    return any(complete and is_of(command, about) for about, _, complete in runs)
 
 
-def find_interrupted(script: str, args: dict) -> list:
-    """Folders of runs with these arguments that can be resumed."""
-    folders = [x for x in find_runs(args) if glob.glob(os.path.join(x, "checkpoint_*"))]
-    return [x for x in folders if is_of(script, args, read_run(x)[0])]
+def has_checkpoint(folder: str) -> bool:
+    return bool(glob.glob(os.path.join(folder, "checkpoint_*")))
 
 
-def start(line: str, args: dict, cores: list) -> subprocess.Popen:
+# -------------------- Running ---------------------------------------------------------------------
+class Job(NamedTuple):
+    command: Command
+    cores: list
+    start: float  # seconds since the epoch
+    process: subprocess.Popen
+
+
+def start(command: Command, cores: list) -> Job:
     """Starts a command, or goes on with it, on some of the CPU's cores (empty: on all).
 
     Its output goes to a file beside the run's folder.
     """
-    words = [sys.executable] + shlex.split(line)[1:]
-    interrupted = find_interrupted(words[1], args)
-    if interrupted:
-        words += ["--resume", interrupted[-1]]
-    for folder in find_runs(args):
-        if not glob.glob(os.path.join(folder, "checkpoint_*")) and not read_run(folder)[2]:
+    words = [sys.executable] + shlex.split(command.line)[1:]
+    for folder in find_runs(command.args):
+        about, _, complete = read_run(folder)
+        if not has_checkpoint(folder) and not complete:
             shutil.rmtree(folder)  # nothing to go on from
-    os.makedirs(args["run_dir"], exist_ok=True)
-    all_cores = os.sched_getaffinity(0) if cores else None
-    if cores:
-        os.sched_setaffinity(0, cores)  # the child inherits it
-    with open(os.path.join(args["run_dir"], run_name(args) + ".log"), "a") as log:
-        child = subprocess.Popen(
-            words, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
+        elif has_checkpoint(folder) and is_of(command, about):
+            words += ["--resume", folder]  # of several the last one counts
+    run_dir = command.args["run_dir"]
+    os.makedirs(run_dir, exist_ok=True)
+    choose_cores = functools.partial(os.sched_setaffinity, 0, cores) if cores else None
+    with open(os.path.join(run_dir, run_name(command.args) + ".log"), "a") as log:
+        process = subprocess.Popen(
+            words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+            preexec_fn=choose_cores,
         )
-    if cores:
-        os.sched_setaffinity(0, all_cores)
-    return child
+    return Job(command, cores, time.time(), process)
 
 
-def run_all(todo: list, jobs: int) -> list:
-    """Runs (line, args) pairs, `jobs` at a time -> the lines that failed. Ctrl-C ends the
-    children."""
+def run_all(commands: list, jobs: int) -> list:
+    """Runs commands, `jobs` at a time -> those that failed. Ctrl-C ends the children."""
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    free = [cores[i * len(cores) // jobs : (i + 1) * len(cores) // jobs] for i in range(jobs)]
-    waiting, running, failed = list(enumerate(todo, 1)), [], []
+    bounds = [i * len(cores) // jobs for i in range(jobs + 1)]
+    free = [cores[low:high] for low, high in zip(bounds, bounds[1:])]
+    waiting, running, failed = list(commands), [], []
     try:
         while waiting or running:
             while waiting and free:
-                number, (line, args) = waiting.pop(0)
-                print(f"[{number}/{len(todo)}] start {run_name(args)}", flush=True)
-                running.append(
-                    (number, line, args, free[0], time.time(), start(line, args, free.pop(0)))
-                )
+                job = start(waiting.pop(0), free.pop(0))
+                running.append(job)
+                number = len(commands) - len(waiting)
+                print(f"[{number}/{len(commands)}] {run_name(job.command.args)}", flush=True)
             time.sleep(0.1)
-            for job in [job for job in running if job[-1].poll() is not None]:
-                number, line, args, slot, begin, child = job
+            for job in [x for x in running if x.process.poll() is not None]:
                 running.remove(job)
-                free.append(slot)
-                failed += [line] if child.returncode else []
-                text = (
-                    f"FAILED with status {child.returncode}, see its .log,"
-                    if child.returncode
-                    else "done"
-                )
-                print(
-                    f"[{number}/{len(todo)}] {text} after {(time.time() - begin) / 60:.1f} min: "
-                    f"{run_name(args)}",
-                    flush=True,
-                )
+                free.append(job.cores)
+                end = "done"
+                if job.process.returncode != 0:
+                    failed.append(job.command)
+                    end = f"FAILED with status {job.process.returncode}, see its .log,"
+                minutes = (time.time() - job.start) / 60
+                print(f"{end} after {minutes:.1f} min: {run_name(job.command.args)}", flush=True)
     finally:
-        for *_, child in running:
-            child.terminate()
-        for *_, child in running:
-            child.wait()
+        for job in running:
+            job.process.terminate()
+        for job in running:
+            job.process.wait()
     return failed
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("file", help="text file with one command a line; # begins a comment")
-    parser.add_argument("--jobs", type=int, default=1, help="commands that run at a time")
-    parser.add_argument(
-        "--only", default="", metavar="REGEX", help="only commands in which this is found"
-    )
-    parser.add_argument(
-        "--dry-run", action="store_true", help="only print what has finished and what would run"
-    )
-    options = parser.parse_args()
-    if options.jobs < 1:
-        parser.error(f"--jobs {options.jobs}: must be above 0")
-    with open(options.file) as file:
-        lines = [line.partition("#")[0].strip() for line in file]
-    lines = [line for line in lines if line and re.search(options.only, line + " ")]
+    options = tyro.cli(Options, description=__doc__)
     try:
-        commands = [(line, *parse(line)) for line in lines]
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
-    places = [(args["run_dir"], run_name(args)) for _, _, args in commands]
-    if len(set(places)) < len(places):
-        parser.error(
-            f"two commands would make runs of the same name: {max(places, key=places.count)[1]}"
-        )
-
-    todo = [(line, args) for line, script, args in commands if not is_finished(script, args)]
-    print(
-        f"{options.file}: {len(commands) - len(todo)} of {len(commands)} commands have finished",
-        flush=True,
-    )
+        if options.jobs < 1:
+            raise ValueError(f"--jobs {options.jobs}: must be above 0")
+        commands = make_commands(options)
+    except (OSError, ValueError, re.error) as error:
+        print(f"run.py: error: {error}", file=sys.stderr)
+        return 2
+    todo = [command for command in commands if not is_finished(command)]
+    done = len(commands) - len(todo)
+    print(f"{options.file}: {done} of {len(commands)} commands have finished", flush=True)
     if options.dry_run:
-        print("".join(line + "\n" for line, _ in todo), end="")
+        for command in todo:
+            print(command.line)
         return 0
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` stops the children, too
-    # also where a shell started this in the background
+    # `kill` stops the children, too, and Ctrl-C also where a shell started this in the background
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         failed = run_all(todo, options.jobs)
     except KeyboardInterrupt:
         print("interrupted; the same command continues the sweep", file=sys.stderr)
         return 130
-    print("".join(f"failed: {line}\n" for line in failed), end="", file=sys.stderr)
+    for command in failed:
+        print(f"failed: {command.line}", file=sys.stderr)
     return 1 if failed else 0
 
 

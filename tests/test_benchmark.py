@@ -1,6 +1,7 @@
-"""Tests of the benchmark folder: statistics, table and pictures, what counts as finished, and every
-command's flags."""
+"""Tests of the benchmark folder: statistics, tables and pictures, what counts as finished, and the
+flags of every command."""
 
+import collections
 import dataclasses
 import glob
 import importlib
@@ -13,15 +14,21 @@ import sys
 import time
 
 import numpy as np
+import pandas as pd
 import pytest
 import tyro
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.append(os.path.join(ROOT, "benchmark"))
+import aggregate  # noqa: E402
+import evaluations  # noqa: E402
+import figures  # noqa: E402
+import paper  # noqa: E402
 import plot  # noqa: E402
 import run  # noqa: E402
 
-FILES = sorted(glob.glob(os.path.join(ROOT, "benchmark", "*.txt")))
+NAMES = "ablation coordsum coordsum_cpu defaults figure1 learning memory paper".split()
+FILES = [os.path.join(ROOT, "benchmark", f"{name}.txt") for name in NAMES]
 
 # Writes what a training script writes, without training; CoordSum's return is the seed. --sleep is
 # in seconds.
@@ -40,6 +47,7 @@ class Args:
     num_envs: int = 2
     num_steps: int = 5
     total_timesteps: int = 1_05
+    num_evals: int = 2
     delta: float = 1.5
     anneal_lr: bool = False
     sleep: float = 0.0
@@ -49,7 +57,8 @@ args = tyro.cli(Args)
 folder = f"{args.run_dir}/{args.env_id}__{args.scenario}__{args.exp_name}__{args.seed}"
 folder += f"__{time.time_ns()}"
 os.makedirs(folder)
-about = {"args": dataclasses.asdict(args) | {"num_devices": 1}, "command": " ".join(sys.argv)}
+about = {"args": dataclasses.asdict(args) | {"num_devices": 1}}
+about["script"] = os.path.basename(__file__)
 json.dump(about, open(f"{folder}/args.json", "w"))
 row = {"eval/learner_return": args.seed, "eval/guider_return": args.seed, "eval/imitation_gap": 0}
 with open(f"{folder}/metrics.jsonl", "w") as file:
@@ -64,142 +73,290 @@ if hasattr(os, "sched_getaffinity"):
 """
 
 
-def commands(path):
-    with open(path) as file:
-        return [line for line in file.read().splitlines() if line and not line.startswith("#")]
-
-
-def write_run(run_dir, exp_name, seed, returns, gaps=0.0, num_steps=50, complete=True, **other):
-    """A folder as a run leaves it: an evaluation every 100 steps from step 0 on, SPS and KL from
-    the second on."""
-    args = {
-        "env_id": "CoordSum-v0", "scenario": "3x10=10", "exp_name": exp_name, "seed": seed,
-        "run_dir": str(run_dir),
-    }
-    total_timesteps = 100 * (len(returns) - 1) + (10 if complete else 100)
-    args |= {"num_envs": 2, "num_steps": num_steps, "total_timesteps": total_timesteps} | other
-    folder = os.path.join(
-        run_dir, f"{args['env_id']}__{args['scenario']}__{exp_name}__{seed}__{1700000000 + seed}"
-    )
+def write_run(run_dir, exp_name, seed, returns, gap=0.0, num_steps=50, complete=True, **other):
+    """A folder as a run leaves it: an evaluation every 100 steps from step 0 on, a KL from the
+    second on."""
+    args = {"env_id": "CoordSum-v0", "scenario": "3x10=10", "exp_name": exp_name, "seed": seed}
+    args |= {"run_dir": str(run_dir), "num_envs": 2, "num_steps": num_steps}
+    args["total_timesteps"] = 100 * (len(returns) - 1) + (10 if complete else 100)
+    args |= other
+    name = f"{args['env_id']}__{args['scenario']}__{exp_name}__{seed}__{1700000000 + seed}"
+    folder = os.path.join(run_dir, name)
     os.makedirs(folder)
     with open(os.path.join(folder, "args.json"), "w") as file:
-        json.dump({"args": args, "command": "magpo_ff.py --seed 1"}, file)
+        json.dump({"args": args, "script": "magpo_ff.py"}, file)
     with open(os.path.join(folder, "metrics.jsonl"), "w") as file:
         for i, x in enumerate(returns):
-            row = {"global_step": 100 * i, "eval/learner_return": x, "eval/guider_return": x + gaps}
-            row |= {"eval/imitation_gap": gaps, "time/train_s": 60.0 * i}
-            row |= {"charts/SPS": 1000.0 * i, "losses/learner_kl": 0.25} if i else {}
+            row = {"global_step": 100 * i, "eval/learner_return": x, "eval/guider_return": x + gap}
+            row |= {"time/compile_s": 10.0, "time/train_s": 60.0 * i, "time/eval_s": 1.0 * i}
+            row |= {"losses/learner_kl": 0.25} if i else {}
             file.write(json.dumps(row) + "\n")
     return folder
 
 
+def evaluation(exp_name, seed, step, learner, env_id="CoordSum-v0", scenario="3x10=10", **other):
+    """A row of a table of evaluations."""
+    row = {"env_id": env_id, "scenario": scenario, "exp_name": exp_name, "seed": seed}
+    row |= {"global_step": step, "learner": learner, "guider": learner + 1, "win_rate": None}
+    return row | {"learner_kl": None, "wall_seconds": 0.5 * step} | other
+
+
 # -------------------- Statistics ------------------------------------------------------------------
-def test_bootstrap_interval_is_exact_for_two_seeds_and_close_to_theory_for_many():
-    low, high = plot.bootstrap_interval(np.array([1.0, 3.0]))
+def test_interval_is_exact_for_two_seeds_and_close_to_theory_for_many():
+    low, high = aggregate.interval(aggregate.mean, [np.array([1.0, 3.0])])
     assert (low, high) == (1, 3)  # a quarter of the draws has both seeds alike
-    low, high = plot.bootstrap_interval(np.full((4, 2), 7.0))
-    np.testing.assert_array_equal([low, high], np.full((2, 2), 7.0))
+    assert np.isnan(aggregate.interval(aggregate.mean, [np.array([1.0])])).all()
 
-    values = np.random.default_rng(0).normal(5, 2, size=(400, 3))
-    low, high = plot.bootstrap_interval(values)
-    half_width = 1.96 * values.std(0) / 20
-    np.testing.assert_allclose(low, values.mean(0) - half_width, atol=0.02)
-    np.testing.assert_allclose(high, values.mean(0) + half_width, atol=0.02)
-    np.testing.assert_array_equal(plot.bootstrap_interval(values), (low, high))  # a fixed seed
-
-
-def test_iqm_drops_a_quarter_on_each_side():
-    np.testing.assert_allclose(
-        plot.iqm(np.array([100.0, 2, 3, 4, -50, 5, 6, 7])), np.mean([3, 4, 5, 6])
-    )
-    # 3 seeds: none is dropped
-    np.testing.assert_allclose(plot.iqm(np.array([[1.0, 1], [2, 5], [3, 9]])), [2, 5])
-    np.testing.assert_allclose(plot.iqm(np.array([-100.0, 1, 2, 3, 100])), 2)
+    values = np.random.default_rng(0).normal(5, 2, size=400)
+    low, high = aggregate.interval(aggregate.mean, [values])
+    half_width = 1.96 * values.std() / 20
+    np.testing.assert_allclose(low, values.mean() - half_width, atol=0.02)
+    np.testing.assert_allclose(high, values.mean() + half_width, atol=0.02)
+    assert aggregate.interval(aggregate.mean, [values]) == (low, high)  # a fixed seed
 
 
-def test_seeds_are_compared_at_the_steps_that_all_of_them_have():
-    runs = [[{"global_step": s, "x": s + seed} for s in steps]
-            for seed, steps in ((0, [0, 10, 20, 30]), (1, [0, 20, 30, 40]), (2, [0, 20, 30]))]
-    runs[2][0].pop("x")
-    steps, values = plot.curves(runs, "x")
-    np.testing.assert_array_equal(steps, [20, 30])
-    np.testing.assert_array_equal(values, [[20, 30], [21, 31], [22, 32]])
-    np.testing.assert_array_equal(plot.final(runs, "x", 1), [30, 31, 32])
-    np.testing.assert_array_equal(plot.final(runs, "x", 3), [25, 26, 27])
-    assert np.isnan(plot.final(runs, "y", 3)).all()
+def test_interval_draws_the_seeds_of_each_task_and_not_the_tasks():
+    scores = [np.zeros(2), np.ones(3), np.full(3, 4.0)]
+    for statistic in (aggregate.mean, aggregate.iqm):
+        low, high = aggregate.interval(statistic, scores)
+        assert low == high == statistic(*scores)
+    # Task by task (1 or 3) and (10 or 30): the means of a draw lie between 5.5 and 16.5.
+    low, high = aggregate.interval(aggregate.mean, [np.array([1.0, 3.0]), np.array([10.0, 30.0])])
+    assert (low, high) == (5.5, 16.5)
 
 
-# -------------------- Groups, table and pictures --------------------------------------------------
-def test_groups_hold_finished_runs_sorted_by_number_and_seed(tmp_path, capsys):
+def test_iqm_drops_a_quarter_of_all_runs_on_each_side():
+    assert aggregate.iqm(np.array([100.0, 2, 3, 4]), np.array([-50.0, 5, 6, 7])) == 4.5
+    assert aggregate.iqm(np.array([-100.0, 1, 2, 3, 100])) == 2
+    assert aggregate.iqm(np.array([1.0, 2, 9])) == 4  # of 3 runs none is dropped
+
+
+def test_probability_of_improvement_counts_pairs():
+    x, y = np.array([1.0, 2.0]), np.array([1.0, 3.0, 0.0])
+    # Of the pairs (1, 1) is a tie, (1, 0), (2, 1) and (2, 0) are better, of 6.
+    assert aggregate.probability_of_improvement(x, y) == 3.5 / 6
+    # A second task, which x always wins; samples of the bootstrap stand in front.
+    better = aggregate.probability_of_improvement(
+        np.stack([x, x]), np.full((2, 2), 9.0), np.stack([y, y + 9]), np.ones((2, 4)))
+    np.testing.assert_allclose(better, [(3.5 / 6 + 1) / 2, 0.5])
+
+
+def test_aggregates_by_hand(capsys, tmp_path):
+    rows = []
+    for seed, a, b in ((1, 10.0, 5.0), (2, 6.0, 5.0)):
+        for exp_name, end in (("a", a), ("b", b)):
+            rows.append(evaluation(exp_name, seed, 0, 0.0, guider=None))
+            rows.append(evaluation(exp_name, seed, 100, end, guider=None))
+    for seed in (1, 2):
+        for exp_name, end in (("a", -2.0), ("b", -1.0)):
+            rows.append(evaluation(exp_name, seed, 0, -6.0, scenario="other", guider=None))
+            rows.append(evaluation(exp_name, seed, 100, end, scenario="other", guider=None))
+        rows.append(evaluation("a", seed, 100, 1e6, scenario="of a alone", guider=None))
+    pd.DataFrame(rows).to_csv(tmp_path / "x.csv", index=False)
+
+    frame = evaluations.group(evaluations.read([str(tmp_path / "x.csv")]), "", {}, {})
+    scores = aggregate.normalise(evaluations.final(frame, 1), frame)
+    assert list(scores) == ["a", "b"]
+    np.testing.assert_allclose(scores["a"], [[1, 0.6], [0.8, 0.8]])
+    np.testing.assert_allclose(scores["b"], [[0.5, 0.5], [1, 1]])
+
+    out = str(tmp_path / "a.png")
+    words = [str(tmp_path / "x.csv"), "--reference", "a", "--last", "1", "--out", out]
+    assert aggregate.main(words) == 0
+    table = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[2] for row in table] == [
+        "0.8 [0.7, 0.9]", "0.75 [0.75, 0.75]",  # mean
+        "0.8 [0.7, 0.9]", "0.75 [0.75, 0.75]",  # IQM, of the middle two of four runs
+        "0.5 [0.5, 0.5]"]  # better in the first task, worse in the second
+    assert open(out, "rb").read(4) == b"\x89PNG"
+    assert aggregate.main([str(tmp_path / "x.csv"), "--reference", "c"]) == 2
+    assert "--reference c: must be one of a, b" in capsys.readouterr().err
+
+
+# -------------------- Evaluations -----------------------------------------------------------------
+def test_runs_are_read_with_warnings(tmp_path, capsys):
     for seed in (2, 1):
         write_run(tmp_path, "delta_10", seed, [0, seed])
-        write_run(tmp_path, "delta_2", seed, [0, seed])
-    write_run(tmp_path, "delta_inf", 1, [0, 1])
-    write_run(tmp_path, "magpo_3x10-30", 1, [0, 1], scenario="3x10-30")
+        write_run(tmp_path, "delta_2", seed, [0, seed], gap=3.0)
     unfinished = write_run(tmp_path, "delta_2", 3, [0, 1], complete=False)
     write_run(tmp_path, "delta_2", 4, [0, 4], num_steps=25)
+    write_run(tmp_path, "delta_inf", 1, [0, 1])
     write_run(tmp_path / "again", "delta_inf", 1, [0, 5])
-    os.rename(tmp_path / "again/CoordSum-v0__3x10=10__delta_inf__1__1700000001",
-              tmp_path / "CoordSum-v0__3x10=10__delta_inf__1__1800000000")
+    again = "CoordSum-v0__3x10=10__delta_inf__1__1"
+    os.rename(tmp_path / f"again/{again}700000001", tmp_path / f"{again}800000000")
 
-    groups = plot.read_groups([str(tmp_path)])
-    task = ("CoordSum-v0", "3x10=10")
-    assert list(groups) == [
-        ("CoordSum-v0", "3x10-30", "magpo"), (*task, "delta_2"), (*task, "delta_10"),
-        (*task, "delta_inf"),
-    ]
-    assert [rows[-1]["eval/learner_return"] for rows in groups[(*task, "delta_2")]] == [1, 2, 4]
-    # the newest
-    assert [rows[-1]["eval/learner_return"] for rows in groups[(*task, "delta_inf")]] == [5]
+    frame = evaluations.read_runs(str(tmp_path))
     warnings = capsys.readouterr().err
     assert f"not finished: {unfinished}\n" in warnings
-    assert "seeds differ in num_steps" in warnings and "seed twice" in warnings
+    assert "seeds of one name differ in num_steps" in warnings
+    assert "the later one counts" in warnings
+    assert list(frame.columns) == evaluations.COLUMNS
+    last = frame[frame["global_step"] == 100].set_index(["exp_name", "seed"])
+    assert last["learner"].to_dict() == {
+        ("delta_10", 1): 1, ("delta_10", 2): 2, ("delta_2", 1): 1, ("delta_2", 2): 2,
+        ("delta_2", 4): 4, ("delta_inf", 1): 5,
+    }
+    row = last.loc["delta_2", 2]
+    assert (row["guider"], row["learner_kl"], row["wall_seconds"]) == (5, 0.25, 71)
+    assert pd.isna(row["win_rate"])
+    assert frame[frame["global_step"] == 0]["learner_kl"].isna().all()
+    assert 3 in set(evaluations.read_runs(str(tmp_path), partial=True)["seed"])
 
-    assert len(plot.read_groups([str(tmp_path)], partial=True)[(*task, "delta_2")]) == 4
-    groups = plot.read_groups([str(tmp_path)], only="3x10=10 delta_1", labels={"delta_10": "ten"})
-    assert list(groups) == [(*task, "ten")]
+
+def test_exported_evaluations_are_read_as_the_runs_were(tmp_path):
+    write_run(tmp_path / "runs", "a", 1, [0.1, 20 / 3], scenario="")
+    file = str(tmp_path / "results" / "x.csv")
+    assert plot.main([str(tmp_path / "runs"), "--export", file]) == 0
+    with open(file) as lines:
+        assert next(lines).strip() == (
+            "env_id,scenario,exp_name,seed,global_step,learner,guider,win_rate,learner_kl,"
+            "wall_seconds")
+    of_runs, of_file = evaluations.read([str(tmp_path / "runs")]), evaluations.read([file])
+    pd.testing.assert_frame_equal(of_runs, of_file, check_dtype=False, rtol=1e-5)
+    assert (of_file["scenario"] == "").all()
 
 
-@pytest.mark.parametrize("flags", [
-    [],
-    ["--panels", "eval/learner_return", "losses/learner_kl", "losses/guider_kl", "--iqm"],
-    ["--bars", "--last", "1"],
-])
-def test_table_and_picture(tmp_path, monkeypatch, capsys, flags):
+def test_groups_are_sorted_by_number_and_hold_the_steps_of_all_their_seeds():
+    rows = []
+    for seed, steps in ((2, [0, 20, 30, 40]), (1, [0, 10, 20, 30])):
+        rows += [evaluation("delta_10", seed, step, step + seed) for step in steps]
+        rows += [evaluation("delta_2", seed, step, -step) for step in steps[:2]]
+    frame = evaluations.group(pd.DataFrame(rows), "", {"delta_2": "two"}, {"delta_10": "CTCE"})
+    assert list(frame["label"].unique()) == ["CTCE", "delta_10", "two"]
+    runs = frame[frame["label"] == "delta_10"]
+    assert list(runs["seed"]) == [1, 1, 1, 2, 2, 2]
+    assert list(runs["global_step"]) == [0, 20, 30] * 2
+    assert (runs["gap"] == 1).all()
+    assert list(frame[frame["label"] == "CTCE"]["learner"]) == list(runs["guider"])
+
+    finals = evaluations.final(frame, 2).set_index(["label", "seed"])
+    assert finals.loc[("delta_10", 1), "learner"] == 26 and finals.loc[("two", 1), "learner"] == 0
+    assert finals.loc[("delta_10", 2), "global_step"] == 30
+    assert finals.loc[("delta_10", 2), "wall_seconds"] == 15
+
+    order = evaluations.group(pd.DataFrame(rows), "delta_", {}, {})["label"].unique()
+    assert list(order) == ["delta_2", "delta_10"]
+
+
+# -------------------- Tables and pictures ---------------------------------------------------------
+@pytest.fixture
+def results(tmp_path):
+    """A CSV file with two tasks, three seeds of two groups in the one, one seed in the other."""
+    rows = []
     for seed in (1, 2, 3):
-        write_run(tmp_path / "runs", "magpo", seed, [0, 10, 20 + seed], gaps=0.5)
-        write_run(tmp_path / "runs", "ctds", seed, [0, 4, 8], gaps=50)
-    write_run(
-        tmp_path / "runs", "magpo", 1, [0, 0.2, 0.4, 0.6], env_id="LevelBasedForaging-v0",
-        scenario="8x8-2p-2f",
-    )
-    paths = ["--out", str(tmp_path / "a.png"), "--table", str(tmp_path / "a.md")]
-    monkeypatch.setattr(
-        sys, "argv",
-        ["plot.py", str(tmp_path / "runs"), *paths, "--baseline", "30:known best", *flags],
-    )
-    assert plot.main() == 0
-    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
-    text = (tmp_path / "a.md").read_text()
-    assert text == capsys.readouterr().out
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
-    assert len({len(row) for row in rows}) == 1 and len(rows) == 5
-    if "--last" in flags:
-        assert rows[3] == [
-            "CoordSum-v0 3x10=10 magpo", "3", "200", "22.00 [21.00, 23.00]", "22.00", "22.50",
-            "0.500", "0.25", "1,500", "2.0",
-        ]
-        assert rows[4][3] == "0.600"  # one seed: no interval
-    else:
-        # the mean over three evaluations
-        assert rows[2][3] == "4.00 [4.00, 4.00]" and rows[4][3] == "0.400"
+        for i, step in enumerate((0, 1000, 2000)):
+            rows.append(evaluation("magpo", seed, step, 10.0 * i + seed, learner_kl=0.5))
+            rows.append(evaluation("mappo", seed, step, 4.0 * i, guider=None))
+    for step in (0, 1000):
+        rows.append(evaluation("magpo", 1, step, step, env_id="LevelBasedForaging-v0",
+                               scenario="8x8-2p-2f", win_rate=0.25))
+    pd.DataFrame(rows).to_csv(tmp_path / "x.csv", index=False)
+    return str(tmp_path / "x.csv")
 
 
-def test_empty_folder_is_an_error_in_words(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["plot.py", str(tmp_path)])
-    with pytest.raises(SystemExit) as error:
-        plot.main()
-    assert error.value.code == 2 and "no finished runs" in capsys.readouterr().err
+def test_table(results, tmp_path, capsys):
+    assert plot.main([results, "--last", "1", "--table", str(tmp_path / "x.md")]) == 0
+    text = capsys.readouterr().out
+    assert (tmp_path / "x.md").read_text() == text
+    head, _, *rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
+    assert rows[0] == [
+        "CoordSum-v0 3x10=10", "magpo", "3", "2,000", "22 [21, 23]", "21", "23", "1", "0.5", "",
+        "16.7"]
+    assert rows[1][head.index("guider")] == ""  # it has none
+    assert rows[2][head.index("learner [95% CI]")] == "1e+03"  # one seed: no interval
+    assert rows[2][head.index("win_rate")] == "0.25"
+
+
+def test_curves_show_means_over_seeds_and_baselines(results):
+    frame = evaluations.group(evaluations.read([results]), "", {}, {})
+    task, other = frame["task"].unique()
+    grid = plot.draw_curves(frame, ("learner", "guider", "gap"), [("3x10=10", 30.0, "best")])
+    ax = grid.axes_dict[task, plot.PANELS["learner"]]
+    lines = {tuple(line.get_ydata()) for line in ax.lines if len(line.get_ydata())}
+    assert lines == {(2, 12, 22), (0, 4, 8), (30, 30)}
+    low, high = ax.collections[0].get_datalim(ax.transData).intervaly
+    assert 1 <= low < 2 and 22 < high <= 23  # the interval of magpo's seeds
+    guider_ax = grid.axes_dict[task, plot.PANELS["guider"]]
+    assert guider_ax.get_ylim() == ax.get_ylim()
+    gaps = [line.get_ydata() for line in grid.axes_dict[task, plot.PANELS["gap"]].lines]
+    assert [list(gap) for gap in gaps if len(gap)] == [[1, 1, 1]]
+    assert {text.get_text() for text in grid.legend.get_texts()} == {"magpo", "mappo", "best"}
+
+    grid = plot.draw_curves(frame, ("win_rate",), [])
+    rates = [list(line.get_ydata()) for line in grid.axes_dict[other].lines]
+    assert [rate for rate in rates if rate] == [[0.25, 0.25]]
+    plot.plt.close("all")
+
+
+def test_bars_show_final_returns(results):
+    frame = evaluations.group(evaluations.read([results]), "3x10=10", {}, {})
+    grid = plot.draw_bars(evaluations.final(frame, 1))
+    widths = [[bar.get_width() for bar in bars] for bars in grid.axes.flat[0].containers]
+    assert widths[0] == [22, 8] and widths[1][0] == 23
+    plot.plt.close("all")
+
+
+def test_what_cannot_be_drawn_is_one_line(results, tmp_path, capsys):
+    (tmp_path / "odd.csv").write_text("seed\n1\n")
+    (tmp_path / "empty.csv").write_text("")
+    for words, message in (
+        ([], "name folders"),
+        ([str(tmp_path)], f"{tmp_path}: there are no finished runs"),
+        ([str(tmp_path / "none.csv")], "No such file"),
+        ([str(tmp_path / "odd.csv")], "odd.csv: there is no column env_id, scenario"),
+        ([str(tmp_path / "empty.csv")], "empty.csv: No columns"),
+        ([results, "--only", "["], "--only [: unterminated"),
+        ([results, "--only", "smax"], "--only smax: found in no run"),
+        ([results, "--labels", "x", "y"], "--labels x: there is no run of this name"),
+        ([results, "--guider-of", "x", "y"], "--guider-of x: there is no run of this name"),
+        ([results, results], "CoordSum-v0 3x10=10 magpo: there are two runs with seed 1"),
+        ([results, "--labels", "mappo", "magpo"], "magpo: there are two runs with seed 1"),
+        ([results, "--last", "0"], "--last 0: must be above 0"),
+        ([results, "--out", "x.png", "--baseline", "3x", "1", "y"], "--baseline 3x: there is no"),
+    ):
+        assert plot.main(words) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("plot.py: error: ") and error.count("\n") == 1
+        assert message in error
+
+
+def evaluations_of(name):
+    """A few evaluations for each command of a file: the committed ones or, without, made up."""
+    file = os.path.join(ROOT, "benchmark", "results", f"{name}.csv")
+    if os.path.exists(file):
+        frame = pd.read_csv(file)
+        by_run = frame.groupby(evaluations.RUN, dropna=False)["global_step"]
+        ends = (by_run.transform("min"), by_run.transform("max"))
+        return frame[frame["global_step"].isin(ends[0]) | (frame["global_step"] == ends[1])]
+    rows = []
+    for line in run.read_lines(os.path.join(ROOT, "benchmark", f"{name}.txt")):
+        args = run.parse(line).args
+        task = {"env_id": args["env_id"], "scenario": args["scenario"]}
+        for seed in (1, 2):
+            rows += [evaluation(args["exp_name"], seed, step, seed, **task) for step in (0, 99)]
+    return pd.DataFrame(rows)
+
+
+def test_every_picture_can_be_redrawn(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    tables = {name: evaluations_of(name) for name in NAMES}
+    commands = run.read_lines("benchmark/figures.txt")
+    monkeypatch.chdir(tmp_path)
+    os.makedirs("benchmark/results")
+    for name, frame in tables.items():
+        frame.to_csv(f"benchmark/results/{name}.csv", index=False)
+    assert figures.main([]) == 0
+    assert "left out" not in capsys.readouterr().err
+    pictures = [line.split("--out ")[1].split()[0] for line in commands]
+    assert len(set(pictures)) == len(commands)
+    for picture in pictures:
+        with open(picture, "rb") as file:
+            assert file.read(4) == b"\x89PNG"
+
+    os.remove("benchmark/results/ablation.csv")
+    assert figures.main(["--only", "ablation_delta"]) == 0
+    assert "there is no benchmark/results/ablation.csv" in capsys.readouterr().err
 
 
 # -------------------- Running ---------------------------------------------------------------------
@@ -220,27 +377,49 @@ def toy(tmp_path, monkeypatch):
 
 def finished(line):
     run.read_defaults.cache_clear()  # some tests change the script
-    return run.is_finished(*run.parse(line))
+    return run.is_finished(run.parse(f"{line} --run-dir runs/sweep"))
+
+
+def test_lines_are_joined_and_comments_dropped(tmp_path):
+    (tmp_path / "x.txt").write_text(
+        "# python a.py \\\n#    --seed 1\n\npython b.py --x \\\n    '1 2'  # why\npython c.py\n")
+    assert run.read_lines(str(tmp_path / "x.txt")) == ["python b.py --x '1 2'", "python c.py"]
 
 
 def test_parse_takes_defaults_and_flags(toy):
-    script, args = run.parse(
-        'python toy.py --seed 3 --scenario "" --delta=inf --anneal-lr --total-timesteps 1_000'
-    )
-    assert script == "toy.py"
-    assert args == {
+    command = run.parse(
+        'python toy.py --seed 3 --scenario "" --delta=inf --anneal-lr --total-timesteps 1_000')
+    assert command.script == "toy.py"
+    assert command.args == {
         "exp_name": "toy", "seed": 3, "run_dir": "runs", "num_devices": 0, "env_id": "CoordSum-v0",
-        "scenario": "", "num_envs": 2, "num_steps": 5, "total_timesteps": 1000,
+        "scenario": "", "num_envs": 2, "num_steps": 5, "total_timesteps": 1000, "num_evals": 2,
         "delta": float("inf"), "anneal_lr": True, "sleep": 0.0, "fail": False,
     }
-    assert run.parse("python toy.py --no-anneal-lr")[1]["anneal_lr"] is False
-    for flags in ("--typo 3", "--seed", "seed 3", "--no-seed 3"):
-        with pytest.raises(ValueError, match="has no flag"):
+    assert run.parse("python toy.py --no-anneal-lr").args["anneal_lr"] is False
+    for flags, message in (
+        ("--typo 3", "no flag --typo"), ("--seed", "--seed lacks its value"),
+        ("seed 3", "seed is not a flag"), ("--no-seed 3", "no flag --no-seed"),
+    ):
+        with pytest.raises(ValueError, match=message):
             run.parse(f"python toy.py {flags}")
 
 
+def test_a_command_runs_once_a_seed_with_the_budget_asked_for(toy):
+    lines = ["python toy.py --exp-name a", "python toy.py \\\n    --exp-name b --num-evals 9"]
+    sweep = toy(lines, "--seeds", "4", "2", "--dry-run")
+    names = ["--exp-name a", "--exp-name b --num-evals 9"]
+    assert sweep.stdout.splitlines()[1:] == [
+        f"python toy.py {name} --run-dir runs/sweep --seed {seed}"
+        for seed in (4, 2) for name in names]
+    sweep = toy(lines, "--dry-run", "--only", "b", "--total-timesteps", "30", "--num-evals", "3")
+    (line,) = sweep.stdout.splitlines()[1:]
+    args = run.parse(line).args
+    assert (args["exp_name"], args["seed"]) == ("b", 1)
+    assert (args["total_timesteps"], args["num_evals"]) == (30, 3)
+
+
 def test_finished_means_the_last_step_with_the_same_arguments(toy, tmp_path):
-    line = "python toy.py --scenario 3x10=10 --delta 1.10 --run-dir out --seed 1"
+    line = "python toy.py --scenario 3x10=10 --delta 1.10"
     assert not finished(line)
     assert toy([line]).returncode == 0
     assert finished(line)
@@ -260,7 +439,7 @@ def test_finished_means_the_last_step_with_the_same_arguments(toy, tmp_path):
     (tmp_path / "other.py").write_text(TOY)
     assert not finished(line.replace("toy.py", "other.py --exp-name toy"))
 
-    metrics = next(tmp_path.glob("out/*/metrics.jsonl"))
+    metrics = next(tmp_path.glob("runs/sweep/*/metrics.jsonl"))
     text = metrics.read_text()
     metrics.write_text(text[:-1])  # cut off while the last line was written
     assert not finished(line)
@@ -269,67 +448,74 @@ def test_finished_means_the_last_step_with_the_same_arguments(toy, tmp_path):
 
 
 def test_an_interrupted_sweep_continues_where_it_stopped(toy, tmp_path):
-    lines = [f"python toy.py --run-dir out --exp-name a --seed {seed}" for seed in (1, 2, 3)]
-    slow = [line + " --sleep 30" for line in lines[1:]]
-    (tmp_path / "sweep.txt").write_text("\n".join([lines[0]] + slow))
+    fast, slow = "python toy.py --exp-name fast", "python toy.py --exp-name slow"
+    (tmp_path / "sweep.txt").write_text(f"{fast}\n{slow} --sleep 30")
+    words = [sys.executable, os.path.join(ROOT, "benchmark", "run.py"), "sweep.txt", "--jobs", "2"]
     sweep = subprocess.Popen(
-        [sys.executable, os.path.join(ROOT, "benchmark", "run.py"), "sweep.txt", "--jobs", "2"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )
+        [*words, "--seeds", "1", "2"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.time() + 30
-    while len(list(tmp_path.glob("out/*/metrics.jsonl"))) < 3 and time.time() < deadline:
+    while len(list(tmp_path.glob("runs/sweep/*slow*/metrics.jsonl"))) < 2:
+        assert time.time() < deadline
         time.sleep(0.05)
     sweep.send_signal(signal.SIGINT)
     out, err = sweep.communicate(timeout=20)  # the children hold none of its pipes and are gone
     assert sweep.returncode == 130 and "interrupted" in err and "Traceback" not in err
-    assert "done after 0.0 min: CoordSum-v0____a__1" in out
+    assert "done after 0.0 min: CoordSum-v0____fast__1" in out
 
-    before = {path.name for path in tmp_path.glob("out/*/")}
-    assert len(before) == 3
-    again = toy(lines, "--only", "seed [12] ")
+    before = {path.name for path in tmp_path.glob("runs/sweep/*/")}
+    assert len(before) == 4
+    again = toy([fast, slow])
     assert again.returncode == 0 and "1 of 2 commands have finished" in again.stdout
-    after = {path.name for path in tmp_path.glob("out/*/")}
-    # seed 2: old folder gone, new one there; 1 and 3 untouched
-    assert len(after) == 3 and len(after - before) == 1
-    assert [finished(line) for line in lines] == [True, True, False]
-    assert (
-        "0 of 1" in toy(lines, "--only", "seed 3 ", "--dry-run").stdout and not finished(lines[2])
-    )
+    after = {path.name for path in tmp_path.glob("runs/sweep/*/")}
+    # seed 1 of the slow one: old folder gone, new one there; all others untouched
+    assert len(after) == 4 and len(after - before) == 1
+    assert [finished(f"{slow} --seed {seed}") for seed in (1, 2)] == [True, False]
+    again = toy([fast, slow], "--seeds", "1", "2", "--dry-run")
+    assert "3 of 4" in again.stdout and not finished(f"{slow} --seed 2")
 
 
 def test_an_interrupted_run_goes_on_from_its_checkpoint(toy, tmp_path, monkeypatch):
-    line = "python toy.py --run-dir out --exp-name a --total-timesteps 100"
+    line = "python toy.py --exp-name a --total-timesteps 100"
     assert toy([line]).returncode == 0
-    (folder,) = (path for path in tmp_path.glob("out/*") if path.is_dir())
+    (folder,) = (path for path in tmp_path.glob("runs/sweep/*") if path.is_dir())
     rows = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
     (folder / "metrics.jsonl").write_text("".join(rows[:-1]))
     (folder / "checkpoint_5_0.npz").touch()
     started = []
     monkeypatch.setattr(run.subprocess, "Popen", lambda words, **_: started.append(words))
-    for command in (line, line + " --seed 2"):
-        run.start(command, run.parse(command)[1], cores=[])
+    for seed in (1, 2):
+        run.start(run.parse(f"{line} --run-dir runs/sweep --seed {seed}"), cores=[])
     resumed, fresh = started
-    assert resumed[-2:] == ["--resume", os.path.join("out", folder.name)]
+    assert resumed[-2:] == ["--resume", os.path.join("runs/sweep", folder.name)]
     assert "--resume" not in fresh and folder.is_dir()
 
 
 def test_finished_runs_with_other_flags_are_kept(toy, tmp_path):
     for delta in ("1.1", "1.2"):
-        assert toy([f"python toy.py --run-dir out --delta {delta}"]).returncode == 0
-    assert len(list(tmp_path.glob("out/*/"))) == 2
+        assert toy([f"python toy.py --delta {delta}"]).returncode == 0
+    assert len(list(tmp_path.glob("runs/sweep/*/"))) == 2
 
 
 def test_failures_are_named_and_the_others_still_run(toy):
-    lines = ["python toy.py --run-dir out --seed 1 --fail", "python toy.py --run-dir out --seed 2"]
+    lines = ["python toy.py --exp-name a --fail", "python toy.py --exp-name b"]
     sweep = toy(lines)
     assert sweep.returncode == 1 and finished(lines[1])
-    assert sweep.stderr == f"failed: {lines[0]}\n" and "FAILED with status 3" in sweep.stdout
-    for lines, message in (
-        (["python toy.py --typo 1"], "no flag --typo"),
-        (["python toy.py"] * 2, "same name"),
+    assert sweep.stderr == f"failed: {lines[0]} --run-dir runs/sweep --seed 1\n"
+    assert "FAILED with status 3" in sweep.stdout
+
+
+def test_what_cannot_be_run_is_one_line(toy):
+    for lines, flags, message in (
+        (["python toy.py --typo 1"], [], "no flag --typo"),
+        (["python toy.py"] * 2, [], "same name"),
+        (["python toy.py --seed 3"], [], "--seed and --run-dir are added"),
+        (["python none.py"], [], "none.py"),
+        (["python toy.py"], ["--only", "x"], "--only x: found in no command of sweep.txt"),
+        (["python toy.py"], ["--jobs", "0"], "--jobs 0: must be above 0"),
     ):
-        sweep = toy(lines)
+        sweep = toy(lines, *flags)
         assert sweep.returncode == 2 and message in sweep.stderr
+        assert sweep.stderr.startswith("run.py: error: ") and sweep.stderr.count("\n") == 1
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="Linux only")
@@ -338,19 +524,19 @@ def test_each_job_has_its_own_cores(toy, tmp_path, jobs):
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < jobs:
         pytest.skip("too few cores")
-    assert toy(
-        [f"python toy.py --run-dir out --seed {i}" for i in range(jobs)], "--jobs", str(jobs)
-    ).returncode == 0
-    shares = [json.loads(path.read_text().split("cores")[1]) for path in tmp_path.glob("out/*.log")]
+    seeds = [str(seed) for seed in range(jobs)]
+    assert toy(["python toy.py"], "--seeds", *seeds, "--jobs", str(jobs)).returncode == 0
+    logs = tmp_path.glob("runs/sweep/*.log")
+    shares = [json.loads(path.read_text().split("cores")[1]) for path in logs]
     assert sorted(core for share in shares for core in share) == cores and len(shares) == jobs
 
 
 # -------------------- The commands ----------------------------------------------------------------
 def test_every_command_is_one_that_its_script_takes(monkeypatch):
     monkeypatch.chdir(ROOT)
-    lines = [line for path in FILES for line in commands(path)]
-    assert len(FILES) == 7 and lines
-    for line in lines:
+    assert sorted(glob.glob("benchmark/*.txt")) == sorted(
+        f"benchmark/{name}.txt" for name in [*NAMES, "figures"])
+    for line in [line for path in FILES for line in run.read_lines(path)]:
         python, script, *flags = shlex.split(line)
         assert python == "python"
         module = importlib.import_module(script.removesuffix(".py"))
@@ -358,25 +544,57 @@ def test_every_command_is_one_that_its_script_takes(monkeypatch):
         module.check_args(args)
         # raises if minibatches do not divide the work
         module.choose_devices(dataclasses.replace(args))
-        parsed_script, parsed = run.parse(line)
-        assert parsed_script == script and parsed == vars(args), line
+        command = run.parse(line)
+        assert command.script == script and command.args == vars(args), line
+
+
+def test_the_later_of_two_values_counts_for_the_scripts_too():
+    import magpo_ff
+
+    flags = ["--total-timesteps", "9", "--total-timesteps", "7"]
+    assert tyro.cli(magpo_ff.Args, args=flags).total_timesteps == 7
 
 
 def test_every_scenario_exists(monkeypatch):
     monkeypatch.chdir(ROOT)
     import tasks
 
-    args = [run.parse(line)[1] for path in FILES for line in commands(path)]
+    # test_tasks.py makes those of paper.txt.
+    lines = [line for path in FILES if "paper" not in path for line in run.read_lines(path)]
+    args = [run.parse(line).args for line in lines]
     for env_id, scenario in {(x["env_id"], x["scenario"]) for x in args}:
         tasks.make(env_id, scenario)  # raises if not
 
 
-def test_commands_of_a_file_differ_and_stay_in_its_own_folder(monkeypatch):
+def test_commands_of_a_file_differ(monkeypatch):
     monkeypatch.chdir(ROOT)
     for path in FILES:
-        stem = os.path.basename(path).removesuffix(".txt")
-        parsed = [run.parse(line) for line in commands(path)]
-        assert {args["run_dir"] for _, args in parsed} == {f"benchmark/runs/{stem}"}
-        assert len({run.run_name(args) for _, args in parsed}) == len(parsed)
-        contents = [(script, {**args, "exp_name": ""}) for script, args in parsed]
+        commands = run.make_commands(run.Options(path))
+        contents = [(x.script, {**x.args, "exp_name": ""}) for x in commands]
         assert all(contents.count(x) == 1 for x in contents)
+
+
+def test_paper_txt_is_what_paper_py_writes_and_has_the_tasks_and_budget_of_the_paper(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with open("benchmark/paper.txt") as file:
+        assert file.read() == paper.write_commands()
+    all_args = [run.parse(line).args for line in run.read_lines("benchmark/paper.txt")]
+    assert collections.Counter(args["env_id"] for args in all_args) == {
+        "RobotWarehouse-v0": 15, "SMAX": 10, "LevelBasedForaging-v0": 7, "Connector-v3": 4,
+        "CoordSum-v0": 4, "MPE_simple_spread_v3": 3,
+    }
+    by_scenario = {args["scenario"]: args for args in all_args}
+    assert len(by_scenario) == 43
+    for args in all_args:
+        steps = args["num_envs"] * args["num_steps"]
+        assert args["total_timesteps"] // steps * steps == 19_988_480 == 1220 * 128 * 128
+        assert args["guider"] == "sable" and args["num_evals"] == 122
+    # Two rows of the official list; that of CoordSum has its learning rate in another column.
+    names = (
+        "num_minibatches max_grad_norm embed_dim update_epochs clip_coef decay_scaling_factor"
+        " num_heads ent_coef num_blocks learning_rate learner_rl_coef delta").split()
+    for scenario, row in (
+        ("tiny-2ag", [1, 5, 128, 5, 0.05, 0.8, 1, 0.01, 1, 0.001, 2, 1.5]),
+        ("5x20-80", [8, 0.5, 64, 15, 0.2, 0.5, 2, 0.01, 2, 0.0005, 4, 1.1]),
+    ):
+        assert [by_scenario[scenario][name] for name in names] == row
