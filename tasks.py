@@ -451,14 +451,18 @@ class Smax(JaxMarl):
     def drawing(self, game_states: list) -> tuple[Figure, Callable]:
         """One frame per step; JaxMARL's own drawing takes about 10 s for each."""
         figure = Figure()
-        return figure, lambda frame: self.draw(figure, game_states[frame].state)
+        positions = np.concatenate([game_state.state.unit_positions for game_state in game_states])
+        low, high = positions.min(axis=0), positions.max(axis=0)
+        middle, reach = (low + high) / 2, np.max(high - low) / 2 + 1
+        limits = np.stack([middle - reach, middle + reach], axis=1)  # of x and y, the same scale
+        return figure, lambda frame: self.draw(figure, limits, game_states[frame].state)
 
-    def draw(self, figure: Figure, state: Any) -> None:
+    def draw(self, figure: Figure, limits: np.ndarray, state: Any) -> None:
         """Units as circles, allies in blue, paler with less health, and lines to their targets."""
         figure.clear()
         ax = figure.add_axes((0, 0, 1, 1))
-        ax.set(xlim=(0, self.game.map_width), ylim=(0, self.game.map_height), xticks=[], yticks=[])
-        ax.set_title(f"step {state.step}", y=0.93)
+        ax.set(xlim=limits[0], ylim=limits[1], xticks=[], yticks=[])
+        ax.set_title(f"step {state.step}", y=0.95)
         share = state.unit_health / np.asarray(self.game.unit_type_health)[state.unit_types]
         for unit in np.flatnonzero(state.unit_alive):
             is_ally = unit < self.num_agents
@@ -468,8 +472,9 @@ class Smax(JaxMarl):
             radius = self.game.unit_type_radiuses[kind]
             ax.add_patch(Circle(position, radius, facecolor="white", edgecolor=color))
             ax.add_patch(Circle(position, radius, color=color, alpha=share[unit]))
-            ax.text(*position, self.game.unit_type_shorthands[kind], ha="center", va="center")
-            # 0 if it does not shoot; an enemy counts the allies from the last one down
+            letter = self.game.unit_type_shorthands[kind]
+            ax.text(*position, letter, fontsize=14, ha="center", va="center")
+            # Below 0 if it does not shoot; an enemy counts the allies from the last one down.
             shot = state.prev_attack_actions[unit] - self.game.num_movement_actions
             if shot >= 0:
                 target = self.num_agents + shot if is_ally else self.num_agents - 1 - shot
@@ -561,7 +566,7 @@ SUITES = {
     "MPE_simple_spread_v3": make_spread,
 }
 
-PAPER_TASKS = {  # the 43 tasks of the paper
+PAPER_TASKS = {  # the paper's 43 tasks, which `main` lists; `make` goes by the rules above
     "CoordSum-v0": ["3x10-30", "3x30-50", "5x20-80", "8x15-100"],
     "RobotWarehouse-v0": [
         "tiny-2ag", "tiny-2ag-hard", "tiny-4ag", "tiny-4ag-hard", "small-4ag", "small-4ag-hard",
@@ -602,7 +607,8 @@ def main() -> None:
         for env_id, scenarios in PAPER_TASKS.items():
             rows += [describe(env_id, scenario) for scenario in scenarios]
     except ModuleNotFoundError as error:
-        sys.exit(f"tasks.py: error: --env-id {env_id}: {error}")
+        print(f"tasks.py: error: {env_id}: {error}", file=sys.stderr)
+        sys.exit(2)
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())

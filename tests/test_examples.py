@@ -122,3 +122,25 @@ def test_no_run(example, call, tmp_path):
     status, out, err = call(example, tmp_path)
     assert (status, out, len(err.splitlines())) == (2, "", 1)
     assert str(tmp_path) in err
+
+
+@pytest.mark.parametrize("env_id, scenario", [("SMAX", "3m")])
+def test_enjoy_jaxmarl(env_id, scenario, call, tmp_path, quick_compile):
+    """The games of JaxMARL are drawn, too, and a win rate is among the figures."""
+    script = SCRIPTS[0].values[0]
+    flags = {"env_id": env_id, "scenario": scenario, "guider": "mat", "embed_dim": 4,
+             "learner_hidden_dim": 4}
+    args, env = script.Args(**flags, num_envs=1, num_devices=1), script.make_env(env_id, scenario)
+    parts = (args, env, *script.make_networks(args, env), script.make_optimizers(args))
+    keys = jax.random.split(jax.random.PRNGKey(0), (2, 1))
+    params = jax.jit(jax.vmap(lambda *keys: script.init_state(*parts, *keys).params))(*keys)
+    script.save_networks(str(tmp_path), "best_", params)
+    about = {"script": f"{script.__name__}.py", "args": flags}
+    (tmp_path / "args.json").write_text(json.dumps(about))
+    gif = tmp_path / "team.gif"
+    status, out, _ = call("enjoy", tmp_path, "--episodes", 2, "--gif", gif, "--max-frames", 4)
+    assert status is None
+    assert ("win rate: " in out) == env.has_win_rate and "4 states" in out
+    with Image.open(gif) as picture:
+        assert picture.format == "GIF" and picture.size == (400, 400)
+        assert 1 < picture.n_frames <= 4

@@ -449,8 +449,9 @@ def test_jaxmarl_is_not_there(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["tasks.py"])
     with pytest.raises(SystemExit) as exit:
         tasks.main()
-    message = "tasks.py: error: --env-id SMAX: needs jaxmarl (pip install jaxmarl)"
-    assert exit.value.code == message
+    assert exit.value.code == 2
+    message = "tasks.py: error: SMAX: needs jaxmarl (pip install jaxmarl)\n"
+    assert capsys.readouterr() == ("", message)
 
 
 def test_key_of_the_next_step():
