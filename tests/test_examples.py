@@ -124,7 +124,9 @@ def test_no_run(example, call, tmp_path):
     assert str(tmp_path) in err
 
 
-@pytest.mark.parametrize("env_id, scenario", [("SMAX", "3m")])
+@pytest.mark.parametrize(
+    "env_id, scenario", [("SMAX", "3m"), ("MPE_simple_spread_v3", "simple_spread_3ag")]
+)
 def test_enjoy_jaxmarl(env_id, scenario, call, tmp_path, quick_compile):
     """The games of JaxMARL are drawn, too, and a win rate is among the figures."""
     script = SCRIPTS[0].values[0]
