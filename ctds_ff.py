@@ -212,12 +212,12 @@ class Outcome(NamedTuple):
 
 
 def is_continuous(action_spec: Any) -> bool:
-    """True for actions of floats within bounds, one row for each agent: (N, A)."""
-    is_float = jnp.issubdtype(action_spec.dtype, jnp.floating)
-    if not is_float or len(action_spec.shape) != 2:
+    """True for actions of floats within finite bounds, a row for each agent: (N, A)."""
+    if not hasattr(action_spec, "maximum") or len(action_spec.shape) != 2:
         return False
-    bounds = getattr(action_spec, "minimum", -math.inf), getattr(action_spec, "maximum", math.inf)
-    return all(np.all(np.isfinite(bound)) for bound in bounds)
+    is_float = jnp.issubdtype(action_spec.dtype, jnp.floating)
+    bounds = np.stack([action_spec.minimum, action_spec.maximum])
+    return is_float and bool(np.all(np.isfinite(bounds)))
 
 
 class TeamEnv:
@@ -240,10 +240,11 @@ class TeamEnv:
         self.continuous = is_continuous(env.action_spec)
         mask = env.action_spec if self.continuous else timestep.observation.action_mask
         self.num_agents, self.num_actions = mask.shape
-        self.no_action = np.zeros(env.action_spec.shape, env.action_spec.dtype)
+        self.no_action = np.zeros(
+            env.action_spec.shape, np.float32 if self.continuous else np.int32)
         if self.continuous:
-            lowest = np.asarray(env.action_spec.minimum)
-            highest = np.asarray(env.action_spec.maximum)
+            lowest = np.array(env.action_spec.minimum)
+            highest = np.array(env.action_spec.maximum)
             self.middle = (highest + lowest) / 2
             self.reach = (highest - lowest) / 2
         self.own_rewards = getattr(env, "own_rewards", False)
