@@ -886,10 +886,11 @@ def init_state(
     start = jnp.zeros((1, 1))
     learner_keys = jax.random.split(learner_key, env.num_agents)
     critic_keys = jax.random.split(critic_key, env.num_agents)
-    init_each = jax.vmap(learner.init, in_axes=(0, None, None, None))
-    learner_params = init_each(learner_keys, first_view, start, one_hidden.learner)
-    init_each = jax.vmap(critic.init, in_axes=(0, None, None, None))
-    critic_params = init_each(critic_keys, first_view, start, one_hidden.critic[:, 0])
+    # One by one and not by vmap: many orthogonal starts at once hang on a CPU with few cores.
+    learner_params = jax.lax.map(
+        lambda key: learner.init(key, first_view, start, one_hidden.learner), learner_keys)
+    critic_params = jax.lax.map(
+        lambda key: critic.init(key, first_view, start, one_hidden.critic[:, 0]), critic_keys)
     learner_opt = jax.vmap(optimizers.learner.init)(learner_params)
     critic_opt = jax.vmap(optimizers.critic.init)(critic_params)
     params = Pair(learner_params, critic_params)

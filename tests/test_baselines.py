@@ -1,12 +1,11 @@
 """Tests of the baselines: losses and factor by hand, who sees what, a game, and runs."""
 
+import dataclasses
 import functools
 import importlib
 import importlib.util
 import json
-import math
 import pathlib
-import re
 import subprocess
 import sys
 import types
@@ -21,6 +20,8 @@ from test_algorithm import ScriptedEnv, tags_and_times
 from test_cli import test_every_flag_is_read as check_that_flags_are_read
 from test_ctds import MatchingGame, success
 
+import magpo_ff
+
 ROOT = pathlib.Path(__file__).parent.parent
 sys.path.append(str(ROOT / "baselines"))
 mappo_ff, mappo_rec, happo_rec = map(
@@ -29,7 +30,7 @@ BASELINES = [pytest.param(x, id=x.__name__) for x in (mappo_ff, mappo_rec, happo
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 for_each_baseline = pytest.mark.parametrize("script", BASELINES)
-NUM_AGENTS, NUM_ACTIONS, NUM_FEATURES = 3, 4, 5
+NUM_AGENTS, NUM_ACTIONS, NUM_FEATURES, WIDTH = 3, 4, 5, 16
 
 
 # -------------------- Losses, by hand -------------------------------------------------------------
@@ -74,12 +75,13 @@ def losses_by_hand(logits, value, mb, coef, factor):
 
 
 def numbers(shape, seed):
-    """What the losses read of a minibatch, random, of a scale at which every clip bites at times."""
+    """Fields of a minibatch, logits and values: random, so that each clip bites here and there."""
     rng = np.random.default_rng(seed)
     fields = {name: rng.normal(size=shape) for name in ("value", "advantage", "value_target")}
     fields["action"] = rng.integers(NUM_ACTIONS, size=shape)
     fields["behaviour_log_prob"] = np.log(rng.uniform(0.1, 0.6, size=shape))
-    return fields, rng.normal(size=(*shape, NUM_ACTIONS)), fields["value"] + rng.normal(0, 0.4, shape)
+    logits = rng.normal(size=(*shape, NUM_ACTIONS))
+    return fields, logits, fields["value"] + rng.normal(0, 0.4, shape)
 
 
 def as_minibatch(script, fields, num_views=1):
@@ -149,8 +151,8 @@ def test_gradients_of_happo_by_hand():
 
 # -------------------- Networks with parameters ----------------------------------------------------
 def networks_and_params(script, obs, timestep=None, hidden=None):
-    """Learner and critic of width 4, and random parameters, in HAPPO others for each agent."""
-    networks = (script.Learner(NUM_ACTIONS, 4), script.Critic(4))
+    """Learner and critic, and random parameters, in HAPPO others for each agent."""
+    networks = (script.Learner(NUM_ACTIONS, WIDTH), script.Critic(WIDTH))
     view = obs.agents_view
     past = [(), ()]
     if has_memory(script):
@@ -174,7 +176,7 @@ def random_sequences(script, num_sequences, num_steps):
     obs = jax.tree.map(lambda x: x.reshape(num_sequences, num_steps, *x.shape[1:]), obs)
     start = rng.integers(num_steps, size=num_sequences)
     timestep = (np.arange(num_steps) + start[:, None]) % num_steps
-    per_agent = jnp.asarray(rng.normal(size=(num_sequences, NUM_AGENTS, 4)))
+    per_agent = jnp.asarray(rng.normal(size=(num_sequences, NUM_AGENTS, WIDTH)))
     critic = per_agent if script is happo_rec else per_agent[:, 0]
     return obs, jnp.asarray(timestep, float), script.Hidden(per_agent, critic)
 
@@ -240,43 +242,38 @@ def test_critic_sees_all(script):
 
 
 # -------------------- HAPPO's factor, by a plain loop ---------------------------------------------
-def happo_by_a_loop(args, networks, params, mb, order, rate):
-    """One step of gradient descent for each agent in turn -> params of each agent, factor (M, T)."""
+def step_by_hand(args, networks, rate, own, all_views, timestep, agent, factor):
+    """One step of gradient descent of one agent -> its params, the factor after it, (M, T).
+
+    agent: view (M, T, 1, O), mask (M, T, A), and the rest of its minibatch without agents.
+    """
     learner, critic = networks
     eps = args.clip_coef
-    factor = jnp.ones(mb.action.shape[:2])
-    stepped = [jax.tree.map(lambda x: x[j], params) for j in range(NUM_AGENTS)]
-    for j in order:
-        view, mask = mb.obs.agents_view[:, :, j : j + 1], mb.obs.action_mask[:, :, j]
-        advantage = mb.advantage[:, :, j]
-        advantage = (advantage - jnp.mean(advantage)) / jnp.std(advantage)
+    advantage = (agent["advantage"] - jnp.mean(agent["advantage"])) / jnp.std(agent["advantage"])
 
-        def log_probs(own):
-            logits, _ = learner.apply(own, view, mb.timestep, mb.hidden.learner[:, j : j + 1])
-            return jax.nn.log_softmax(jnp.where(mask, logits[:, :, 0], -1e9))
+    def log_probs(own):
+        logits, _ = learner.apply(own, agent["view"], timestep, agent["learner_hidden"])
+        return jax.nn.log_softmax(jnp.where(agent["mask"], logits[:, :, 0], -1e9))
 
-        def ratio_of(own):
-            taken = jax.nn.one_hot(mb.action[:, :, j], NUM_ACTIONS)
-            log_prob = jnp.sum(taken * log_probs(own), axis=-1)
-            return jnp.exp(log_prob - mb.behaviour_log_prob[:, :, j])
+    def ratio_of(own):
+        taken = jax.nn.one_hot(agent["action"], NUM_ACTIONS)
+        log_prob = jnp.sum(taken * log_probs(own), axis=-1)
+        return jnp.exp(log_prob - agent["behaviour_log_prob"])
 
-        def loss(own):
-            ratio = ratio_of(own.learner)
-            ppo = jnp.minimum(ratio * advantage, jnp.clip(ratio, 1 - eps, 1 + eps) * advantage)
-            probs = jnp.exp(log_probs(own.learner))
-            entropy = -jnp.sum(jnp.where(mask, probs * log_probs(own.learner), 0), axis=-1)
-            hidden = mb.hidden.critic[:, j]
-            value, _ = critic.apply(own.critic, mb.obs.agents_view, mb.timestep, hidden)
-            old, target = mb.value[:, :, j], mb.value_target[:, :, j]
-            near = old + jnp.clip(value - old, -eps, eps)
-            error = jnp.maximum((value - target) ** 2, (near - target) ** 2)
-            parts = (-factor * ppo, -args.ent_coef * entropy, args.vf_coef * 0.5 * error)
-            return sum(jnp.mean(part) for part in parts)
+    def loss(own):
+        ratio = ratio_of(own.learner)
+        ppo = jnp.minimum(ratio * advantage, jnp.clip(ratio, 1 - eps, 1 + eps) * advantage)
+        log_p = log_probs(own.learner)
+        entropy = -jnp.sum(jnp.where(agent["mask"], jnp.exp(log_p) * log_p, 0), axis=-1)
+        value, _ = critic.apply(own.critic, all_views, timestep, agent["critic_hidden"])
+        old, target = agent["value"], agent["value_target"]
+        near = old + jnp.clip(value - old, -eps, eps)
+        error = jnp.maximum((value - target) ** 2, (near - target) ** 2)
+        parts = (-factor * ppo, -args.ent_coef * entropy, args.vf_coef * 0.5 * error)
+        return sum(jnp.mean(part) for part in parts)
 
-        step = jax.grad(loss)(stepped[j])
-        stepped[j] = jax.tree.map(lambda x, g: x - rate * g, stepped[j], step)
-        factor = factor * ratio_of(stepped[j].learner)
-    return stepped, factor
+    own = jax.tree.map(lambda x, g: x - rate * g, own, jax.grad(loss)(own))
+    return own, factor * ratio_of(own.learner)
 
 
 def test_factor_against_a_plain_loop():
@@ -300,12 +297,21 @@ def test_factor_against_a_plain_loop():
     orders = jnp.array([[2, 0, 1], [1, 2, 0]])
     each_alone = jax.vmap(jax.vmap(update, axis_name="device"))  # devices of one order each
     found, _, factor, _ = jax.jit(each_alone)(orders[:, None])
+    step = jax.jit(functools.partial(step_by_hand, args, networks, rate))
+    equal = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
     for i, order in enumerate([[2, 0, 1], [1, 2, 0]]):
-        expected, expected_factor = happo_by_a_loop(args, networks, params, mb, order, rate)
-        np.testing.assert_allclose(factor[i, 0, ..., 0], expected_factor, rtol=1e-4)
-        for j in range(NUM_AGENTS):
-            own = jax.tree.map(lambda x: x[i, 0, j], found)
-            jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), own, expected[j])
+        expected_factor = jnp.ones((4, 3))
+        for j in order:
+            names = ("action", "behaviour_log_prob", "value", "advantage", "value_target")
+            agent = {name: getattr(mb, name)[:, :, j] for name in names}
+            agent |= {"view": obs.agents_view[:, :, j : j + 1], "mask": obs.action_mask[:, :, j]}
+            agent["learner_hidden"] = hidden.learner[:, j : j + 1]
+            agent["critic_hidden"] = hidden.critic[:, j]
+            own = jax.tree.map(lambda x: x[j], params)
+            expected, expected_factor = step(
+                own, obs.agents_view, timestep, agent, expected_factor)
+            jax.tree.map(equal, jax.tree.map(lambda x: x[i, 0, j], found), expected)
+        equal(factor[i, 0, ..., 0], expected_factor)
     assert np.max(np.abs(factor[0] - factor[1])) > 1e-2
     assert np.max(np.abs(np.log(factor[0]))) > 0.1
 
@@ -313,8 +319,8 @@ def test_factor_against_a_plain_loop():
 # -------------------- Acting = training -----------------------------------------------------------
 @pytest.fixture(scope="module", params=BASELINES)
 def iterated(request):
-    """A script, its environment and networks, and of two iterations in a row the states, rollouts
-    and metrics. Episodes begin and end inside the rollouts."""
+    """A script, its environment and networks, and of two iterations in a row the state before and
+    after, rollout and metrics. Episodes begin and end inside the rollouts."""
     script = request.param
     env = ScriptedEnv(script)
     sizes = {"learner_hidden_dim": 4, "critic_hidden_dim": 4, "num_envs": 4, "num_steps": 8}
@@ -323,26 +329,26 @@ def iterated(request):
     parts = (args, env, *networks, script.make_optimizers(args))
 
     def twice(params_key, key):
-        states = [script.init_state(*parts, params_key, key)]
-        rest = []
-        for _ in range(2):
-            _, rollout, _ = script.collect(args, env, *networks, states[-1])
-            state, metrics = script.train_iteration(*parts, states[-1])
-            states.append(state)
-            rest.append((rollout, metrics))
-        return states, rest
+        def iterate(state, _):
+            _, rollout, _ = script.collect(args, env, *networks, state)
+            after, metrics = script.train_iteration(*parts, state)
+            return after, (state, after, rollout, metrics)
+
+        start = script.init_state(*parts, params_key, key)
+        return jax.lax.scan(iterate, start, length=2)[1]
 
     keys = jax.random.split(jax.random.PRNGKey(0))
     program = jax.jit(jax.vmap(twice, axis_name="device"))
-    results = jax.tree.map(lambda x: x[0], program(*keys[:, None]))
-    return script, args, env, networks, *results
+    results = jax.tree.map(lambda x: np.asarray(x)[0], program(*keys[:, None]))
+    both = [jax.tree.map(lambda x: x[i], results) for i in range(2)]
+    return script, args, env, networks, both
 
 
 def test_first_ratio_is_one(iterated):
     """Before the first update of an iteration the learner is the policy that acted, also where
     hidden states go on from the iteration before."""
-    *_, rest = iterated
-    for _, metrics in rest:
+    *_, both = iterated
+    for _, _, _, metrics in both:
         assert abs(metrics["losses"]["first_ratio"] - 1) < 1e-6
         assert np.all(metrics["num_finite"]["value_loss"] == 4)
 
@@ -350,8 +356,8 @@ def test_first_ratio_is_one(iterated):
 def test_acting_is_training(iterated):
     """The whole rollout in one pass gives, number by number, the log-probs and values that were
     noted while acting."""
-    script, args, _, (learner, critic), states, rest = iterated
-    for state, (rollout, _) in zip(states, rest):
+    script, args, _, (learner, critic), both = iterated
+    for state, _, rollout, _ in both:
         if not has_memory(script):
             logits = learner.apply(state.params.learner, rollout.obs.agents_view)
             view = rollout.obs.agents_view
@@ -386,10 +392,10 @@ def test_acting_is_training(iterated):
 
 def test_next_value_is_that_of_the_true_last_observation(iterated):
     """With memory: the value of what followed each action, also at a time limit, by a loop."""
-    script, _, env, (_, critic), states, rest = iterated
+    script, _, env, (_, critic), both = iterated
     if not has_memory(script):
         pytest.skip("without memory the values follow from next_obs")
-    state, rollout = states[1], rest[1][0]
+    state, _, rollout, _ = both[1]
     hidden = state.hidden.critic
     tag, time = tags_and_times(rollout.obs)
     after = jax.vmap(jax.vmap(env.observe))(jnp.asarray(tag), jnp.asarray(time + 1))
@@ -408,50 +414,164 @@ def test_next_value_is_that_of_the_true_last_observation(iterated):
 
 def test_iteration_moves_both_networks(iterated):
     """One iteration moves every matrix of learner and critic, in HAPPO those of each agent."""
-    script, _, _, _, states, _ = iterated
+    script, *_, both = iterated
 
     def moved(x, y):
         axes = tuple(range(1, x.ndim)) if script is happo_rec else None
         return np.all(np.any(x != y, axis=axes))
 
-    for before, after in zip(states, states[1:]):
+    for before, after, _, _ in both:
         assert all(jax.tree.leaves(jax.tree.map(moved, before.params, after.params)))
 
 
 # -------------------- Learning --------------------------------------------------------------------
-@pytest.mark.parametrize("script", BASELINES)
-def test_matching_game(script):
-    """Independent learners that explore by themselves settle on one of the two solutions."""
-    num_seeds = 10
+def play_matching_game(script, num_seeds, num_iterations):
+    """-> the probability that independent agents' first actions differ, (num_seeds,)."""
     env = MatchingGame()
     args = script.Args(
         num_devices=1, learner_hidden_dim=16, critic_hidden_dim=16, num_envs=16, num_steps=10,
         learning_rate=3e-3, num_minibatches=1, norm_adv=False)
     networks = script.make_networks(args, env)
     parts = (args, env, *networks, script.make_optimizers(args))
-
-    def run(params_key, key):
-        state = script.init_state(*parts, params_key, key)
-        return jax.lax.fori_loop(
-            0, 60, lambda _, state: script.train_iteration(*parts, state)[0], state)
-
-    keys = jax.vmap(jax.random.split)(jax.random.split(jax.random.PRNGKey(0), num_seeds))
-    run = jax.jit(jax.vmap(jax.vmap(run, axis_name="device")))
-    params = jax.tree.map(lambda x: x[:, 0], run(keys[:, :1], keys[:, 1:]).params)
-
     obs = jax.tree.map(lambda x: x[None], env.observe())
     past = ()
     if has_memory(script):
         past = (jnp.zeros(1), script.init_hidden(args, env, 1).learner)
 
-    def probability(params):
-        """Of each agent's action 0, from how often it is taken at an episode's first step."""
-        def act(key):
-            return script.learner_act(networks[0], params.learner, obs, *past, key)[0][0]
+    def run(params_key, key):
+        state = script.init_state(*parts, params_key, key)
+        state = jax.lax.fori_loop(
+            0, num_iterations, lambda _, state: script.train_iteration(*parts, state)[0], state)
+        action, log_prob = script.learner_act(
+            networks[0], state.params.learner, obs, *past, key, greedy=True)[:2]
+        first = jnp.where(action == 0, jnp.exp(log_prob), 1 - jnp.exp(log_prob))  # of action 0
+        return jnp.stack([first, 1 - first], axis=-1)[0]  # (2 agents, 2 actions)
 
-        actions = jax.vmap(act)(jax.random.split(jax.random.PRNGKey(0), 200))
-        return jnp.stack([actions == 0, actions == 1], axis=-1).mean(axis=0)  # (N, 2)
+    keys = jax.vmap(jax.random.split)(jax.random.split(jax.random.PRNGKey(0), num_seeds))
+    run = jax.jit(jax.vmap(jax.vmap(run, axis_name="device")))
+    return np.asarray(success(run(keys[:, :1], keys[:, 1:])[:, 0]))
 
-    found = np.sort(success(jax.vmap(probability)(params)))
-    print(script.__name__, found)
+
+@pytest.mark.parametrize("script", [BASELINES[0], BASELINES[2]])
+def test_matching_game(script):
+    """Learners that collect the data themselves settle on one of the two solutions.
+
+    SEEN
+    """
+    found = play_matching_game(script, num_seeds=10, num_iterations=60)
     assert np.median(found) > 0.9
+
+
+# -------------------- As programs -----------------------------------------------------------------
+TINY = """--env-id CoordSum-v0 --scenario 2x3-4 --num-envs 4 --num-steps 8 --total-timesteps 64
+          --num-evals 1 --eval-episodes 4 --learner-hidden-dim 8 --critic-hidden-dim 8
+          --num-minibatches 2 --update-epochs 2""".split()
+KEYS = {
+    "global_step", "charts/SPS", "charts/learning_rate", "charts/num_episodes",
+    "eval/learner_return", "eval/learner_return_std", "eval/episodic_length",
+    "losses/learner_policy_loss", "losses/learner_entropy", "losses/value_loss",
+    "losses/approx_kl", "losses/clipfrac", "losses/first_ratio", "losses/explained_variance",
+    "losses/learner_grad_norm", "losses/critic_grad_norm", "time/compile_s", "time/train_s",
+    "time/eval_s",
+}
+
+
+def run(script, flags, folder, environ):
+    """Runs a baseline from a folder -> the finished process."""
+    command = [sys.executable, script.__file__, *flags]
+    return subprocess.run(
+        command, cwd=folder, env=environ, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def finished(environ, tmp_path_factory):
+    """The folder of a tiny run of happo_rec.py, made in two parts: half, then --resume."""
+    folder = tmp_path_factory.mktemp("runs")
+    done = run(happo_rec, TINY, folder, environ)
+    assert done.returncode == 0, done.stderr
+    (run_dir,) = (folder / "runs").glob("CoordSum*")
+    more = ["--total-timesteps", "128", "--num-evals", "2"]
+    done = run(happo_rec, ["--resume", str(run_dir), *more], folder, environ)
+    assert done.returncode == 0, done.stderr
+    return run_dir
+
+
+def test_run_and_resume(finished):
+    """A run leaves the files and metrics of the scripts, without a guider's, and can go on."""
+    rows = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert [row["global_step"] for row in rows] == [0, 64, 128]
+    assert rows[1].keys() == rows[2].keys() == KEYS
+    assert all(np.isfinite(list(row.values())).all() for row in rows)
+    assert abs(rows[2]["losses/first_ratio"] - 1) < 1e-5
+    names = {path.stem for path in finished.glob("*.safetensors")}
+    assert names == {"learner", "critic", "best_learner", "best_critic"}
+    assert json.loads((finished / "args.json").read_text())["script"] == "happo_rec.py"
+    assert (finished / "learning_curve.png").stat().st_size > 5000
+
+
+@pytest.fixture
+def enjoy():
+    spec = importlib.util.spec_from_file_location("enjoy", ROOT / "examples" / "enjoy.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_enjoy(finished, enjoy, monkeypatch, capsys, tmp_path):
+    """The example finds the script, plays the very episodes of the last evaluation, draws one, and
+    says that there is no guider."""
+    options = enjoy.Options(str(finished), episodes=4, which="last", max_frames=4)
+    script, args, env, networks, params = enjoy.load_run(options)
+    eval_key = jax.random.split(jax.random.PRNGKey(args.seed), 3)[2]
+    key = jax.random.split(jax.random.fold_in(eval_key, 4), 1)[0]
+    (episodes,) = script.evaluate(args, env, *networks, params, key)
+    row = json.loads((finished / "metrics.jsonl").read_text().splitlines()[-1])
+    assert np.mean(episodes.returns) == row["eval/learner_return"]
+    states, _ = enjoy.play_episode(options, script, args, env, networks, params)
+    assert len(states) == 4
+
+    monkeypatch.setattr(sys, "argv", ["enjoy.py", str(finished), "--guider"])
+    with pytest.raises(SystemExit) as exit:
+        enjoy.main()
+    assert exit.value.code == 2
+    assert "--guider: happo_rec.py has none" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("script", BASELINES[:2])
+def test_smoke(script, monkeypatch, capsys, tmp_path):
+    """One iteration and two evaluations, from another folder than the repository's root, where
+    tasks.py is found all the same."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *TINY, "--no-cache", "--no-save"])
+    assert script.main() == 0
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1].keys() == KEYS
+    out = capsys.readouterr().out
+    assert out.startswith(f"{script.__name__}.py: CoordSum-v0 2x3-4, 2 agents, 3 actions")
+
+
+# -------------------- Flags -----------------------------------------------------------------------
+@for_each_baseline
+def test_flags(script):
+    """The flags are MAGPO's without a guider's and the tether's, and one more; each is read."""
+    check_that_flags_are_read(script)
+    own = {field.name for field in dataclasses.fields(script.Args)}
+    magpo = {field.name for field in dataclasses.fields(magpo_ff.Args)}
+    assert own - magpo == {"critic_hidden_dim"}
+    guiders = {"guider", "embed_dim", "num_heads", "num_blocks", "delta", "learner_rl_coef"}
+    assert magpo - own == guiders
+
+
+@pytest.mark.parametrize("bad", ["--critic-hidden-dim 0", "--num-minibatches 3", "--ent-coef -1"])
+@for_each_baseline
+def test_bad_value(script, bad, monkeypatch, capsys, tmp_path):
+    """An impossible value: exit status 2, one line that names flag and value, no folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *bad.split()])
+    assert script.main() == 2
+    out, err = capsys.readouterr()
+    flag, value = bad.split()
+    assert out == "" and len(err.splitlines()) == 1
+    assert f"{flag} {value}" in err or f"{flag} {float(value)}" in err
+    assert list(tmp_path.iterdir()) == []
