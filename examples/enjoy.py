@@ -19,7 +19,8 @@ import tyro
 from flax.traverse_util import unflatten_dict
 from safetensors.numpy import load_file
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # the scripts
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path[:0] = [ROOT, os.path.join(ROOT, "baselines")]  # the scripts
 
 
 @dataclasses.dataclass
@@ -43,21 +44,25 @@ def load_run(options):
     args = script.Args(**about["args"] | changes)
     env = script.make_env(args.env_id, args.scenario)
     prefix = "best_" if options.which == "best" else ""
+    if options.guider and "guider" not in script.Pair._fields:
+        raise ValueError(f"--guider: {about['script']} has none")
     params = {}
-    for network in ("guider", "learner"):
+    for network in script.Pair._fields:
         path = os.path.join(options.run_dir, f"{prefix}{network}.safetensors")
         params[network] = unflatten_dict(load_file(path), sep=",")
-    return script, args, env, script.make_networks(args, env), script.Pair(**params)
+    networks = script.Pair(*script.make_networks(args, env))
+    return script, args, env, networks, script.Pair(**params)
 
 
 def play_episode(options, script, args, env, networks, params):
     """Plays one episode step by step -> its first states, and the sum of its rewards by then."""
     name = "guider" if options.guider else "learner"
-    network = networks[0] if options.guider else networks[1]
+    network = getattr(networks, name)
     has_memory = hasattr(script, "init_hidden")
     hidden = None
     if has_memory:
-        hidden = getattr(script.init_hidden(args, env, networks[0], 1), name)
+        guider = [networks.guider] if "guider" in networks._fields else []
+        hidden = getattr(script.init_hidden(args, env, *guider, 1), name)
 
     @jax.jit
     def step(state, obs, step_count, hidden, key):
