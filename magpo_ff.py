@@ -685,9 +685,9 @@ LOG_STD_BOUNDS = (-5.0, 1.0)
 class SquashedGaussian(distrax.Independent):
     """Continuous actions: a Gaussian over u (..., A), where tanh(u) in [-1, 1] is what is done.
 
-    D17: everything but the environment and the guider's later agents deals in u. The derivative of
-    tanh is the same for two policies, so it cancels in their ratios and KL, and nothing overflows
-    where tanh saturates. It counts in the entropy alone, which is that of tanh(u): H(u) + E[log
+    D17: all deal in u but the environment and agents that are told of it. The derivative of tanh is
+    the same for two policies, so it cancels in their ratios and KL, and nothing overflows where
+    tanh saturates. It counts in the entropy alone, which is that of tanh(u): H(u) + E[log
     tanh'(u)], by quadrature (off by 1e-3 at std 1). log std is a parameter for each component of an
     action, the same in every state.
     """

@@ -55,7 +55,7 @@ import optax
 import safetensors.numpy
 import tyro
 from einops import rearrange, repeat
-from flax.linen.initializers import orthogonal
+from flax.linen.initializers import constant, orthogonal
 from flax.traverse_util import flatten_dict
 from jax.experimental import multihost_utils
 from tqdm import tqdm
@@ -202,7 +202,7 @@ def choose_devices(args: Args) -> list:
 # -------------------- Environment -----------------------------------------------------------------
 class Observation(NamedTuple):
     agents_view: jax.Array  # (N, O) float32, the one-hot agent id first
-    action_mask: jax.Array  # (N, A) bool, True where legal
+    action_mask: jax.Array  # (N, A) bool, True where legal; for continuous actions everywhere
 
 
 class Outcome(NamedTuple):
@@ -215,38 +215,70 @@ class Outcome(NamedTuple):
     won: jax.Array  # () bool
 
 
+def is_continuous(action_spec: Any) -> bool:
+    """True for actions of floats within finite bounds, a row for each agent: (N, A)."""
+    if not hasattr(action_spec, "maximum") or len(action_spec.shape) != 2:
+        return False
+    is_float = jnp.issubdtype(action_spec.dtype, jnp.floating)
+    bounds = np.stack([action_spec.minimum, action_spec.maximum])
+    return is_float and bool(np.all(np.isfinite(bounds)))
+
+
 class TeamEnv:
     """A cooperative Jumanji environment as the algorithm sees it: one game, without auto-reset.
 
     D1: the agent's one-hot id comes first in its view; the rest is passed on as it is.
-    D2: all agents get the team's reward: a scalar is repeated, a vector is summed first.
+    D2: all agents get the team's reward: a scalar is repeated, a vector is summed first. If the
+    environment says `own_rewards = True`, each agent gets its own entry of the vector.
     """
 
     def __init__(self, env: Any):
-        """env: its observation has agents_view (N, ...) and action_mask (N, A).
+        """env: its observation has agents_view (N, ...), its action_spec is of one of two kinds.
 
+        Discrete: a MultiDiscreteArray (N,), and the observation has an action_mask (N, A), too.
+        Continuous: a BoundedArray (N, A) of floats, A being the components of an action.
         The key "won" in its timestep's extras, () bool, is optional and makes a win rate.
         """
         self.env = env
         _, timestep = jax.eval_shape(env.reset, jax.random.PRNGKey(0))
-        self.num_agents, self.num_actions = timestep.observation.action_mask.shape
+        self.continuous = is_continuous(env.action_spec)
+        mask = env.action_spec if self.continuous else timestep.observation.action_mask
+        self.num_agents, self.num_actions = mask.shape
+        self.no_action = np.zeros(
+            env.action_spec.shape, np.float32 if self.continuous else np.int32)
+        if self.continuous:
+            lowest = np.array(env.action_spec.minimum)
+            highest = np.array(env.action_spec.maximum)
+            self.middle = (highest + lowest) / 2
+            self.reach = (highest - lowest) / 2
+        self.own_rewards = getattr(env, "own_rewards", False)
         self.has_win_rate = "won" in (timestep.extras or {})
 
     def observe(self, observation: Any) -> Observation:
         view = rearrange(observation.agents_view, "n ... -> n (...)").astype(jnp.float32)
         agent_id = jnp.eye(self.num_agents)
-        return Observation(jnp.concatenate([agent_id, view], axis=-1), observation.action_mask)
+        if self.continuous:
+            action_mask = jnp.ones((self.num_agents, self.num_actions), bool)
+        else:
+            action_mask = observation.action_mask
+        return Observation(jnp.concatenate([agent_id, view], axis=-1), action_mask)
 
     def reset(self, key: jax.Array) -> Tuple[Any, Observation]:
         state, timestep = self.env.reset(key)
         return state, self.observe(timestep.observation)
 
+    def bounded(self, action: jax.Array) -> jax.Array:
+        """Continuous actions as the environment takes them: tanh brings them within its bounds."""
+        return self.middle + self.reach * jnp.tanh(action)
+
     def step(self, state: Any, action: jax.Array) -> Tuple[Any, Outcome]:
-        """action: (N,) int32."""
+        """action: (N,) int32, or (N, A) float32, see `bounded`."""
+        if self.continuous:
+            action = self.bounded(action)
         state, timestep = self.env.step(state, action)
         last = timestep.last()
-        team_reward = jnp.sum(timestep.reward)
-        reward = jnp.full((self.num_agents,), team_reward, jnp.float32)
+        reward = timestep.reward if self.own_rewards else jnp.sum(timestep.reward)
+        reward = jnp.broadcast_to(reward, (self.num_agents,)).astype(jnp.float32)
         # D3: an agent may be done, with discount 0, long before the team's episode is over (in
         # Connector: connected or stuck). The episode terminates once all discounts are 0.
         discount = jnp.where(last, jnp.max(timestep.discount), 1.0)
@@ -313,31 +345,44 @@ def make_env(env_id: str, scenario: str) -> TeamEnv:
 
     # What the environment gives counts, not its observation_spec, which nothing here needs.
     observation = first_observation(env)
-    missing = [field for field in ("agents_view", "action_mask") if not hasattr(observation, field)]
+    discrete = isinstance(env.action_spec, jumanji.specs.MultiDiscreteArray)
+    needed = ("agents_view", "action_mask") if discrete else ("agents_view",)
+    missing = [field for field in needed if not hasattr(observation, field)]
     if missing:
         raise FlagError(f"--env-id {env_id}: its observation has no {' and no '.join(missing)}")
+    if not (discrete or is_continuous(env.action_spec)):
+        needs = "one discrete action per agent, a MultiDiscreteArray, or continuous ones,"
+        needs += f" a BoundedArray (N, A) of floats with finite bounds, not {env.action_spec}"
+        raise FlagError(f"--env-id {env_id}: needs {needs}")
     view_shape = observation.agents_view.shape
-    mask_shape = observation.action_mask.shape
+    mask_shape = observation.action_mask.shape if discrete else env.action_spec.shape
     if len(mask_shape) != 2 or view_shape[:1] != mask_shape[:1]:
         needs = f"agents_view (N, ...) and action_mask (N, A), not {view_shape} and {mask_shape}"
-        raise FlagError(f"--env-id {env_id}: needs {needs}")
-    if not isinstance(env.action_spec, jumanji.specs.MultiDiscreteArray):
-        needs = f"one discrete action per agent, a MultiDiscreteArray, not {env.action_spec}"
         raise FlagError(f"--env-id {env_id}: needs {needs}")
 
     team_env = TeamEnv(env)
     state, _ = jax.eval_shape(team_env.reset, jax.random.PRNGKey(0))
-    action = jnp.zeros(team_env.num_agents, jnp.int32)
-    jax.eval_shape(team_env.step, state, action)  # an environment's own errors show up here
+    # An environment's own errors show up here.
+    jax.eval_shape(team_env.step, state, team_env.no_action)
     return team_env
 
 
 # -------------------- Networks --------------------------------------------------------------------
+class AppendLogStd(nn.Module):
+    """Completes a policy of continuous actions: mean (..., A) -> mean and log std (..., 2 A)."""
+
+    @nn.compact
+    def __call__(self, mean):
+        log_std = self.param("log_std", constant(LOG_STD_START), mean.shape[-1:])
+        return jnp.concatenate([mean, jnp.broadcast_to(log_std, mean.shape)], axis=-1)
+
+
 class Learner(nn.Module):
     """pi: one MLP-GRU-MLP for all agents, each of which sees its own observations alone."""
 
     num_actions: int
     hidden_dim: int
+    continuous: bool = False
 
     @nn.compact
     def __call__(
@@ -365,6 +410,8 @@ class Learner(nn.Module):
         x = rearrange(x, "t mn f -> (t mn) f")
         x = nn.relu(nn.Dense(self.hidden_dim, kernel_init=orthogonal(math.sqrt(2)))(x))
         logits = nn.Dense(self.num_actions, kernel_init=orthogonal(0.01))(x)
+        if self.continuous:
+            logits = AppendLogStd()(logits)
         logits = rearrange(logits, "(t m n) a -> m t n a", t=num_steps, n=num_agents)
         return logits, rearrange(hidden, "(m n) f -> m n f", n=num_agents)
 
@@ -402,8 +449,38 @@ class Critic(nn.Module):
 
 
 # -------------------- Policies --------------------------------------------------------------------
-def action_distribution(logits: jax.Array, action_mask: jax.Array) -> distrax.Categorical:
-    """The policies of the agents, (..., A). Illegal actions have probability 0."""
+LOG_STD_START = -0.5  # of Gaussian policies; std is then 0.6
+LOG_STD_BOUNDS = (-5.0, 1.0)
+
+
+class SquashedGaussian(distrax.Independent):
+    """Continuous actions: a Gaussian over u (..., A), where tanh(u) in [-1, 1] is what is done.
+
+    D17: all deal in u but the environment and agents that are told of it. The derivative of tanh is
+    the same for two policies, so it cancels in their ratios and KL, and nothing overflows where
+    tanh saturates. It counts in the entropy alone, which is that of tanh(u): H(u) + E[log
+    tanh'(u)], by quadrature (off by 1e-3 at std 1). log std is a parameter for each component of an
+    action, the same in every state.
+    """
+
+    def entropy(self):
+        nodes, weights = np.polynomial.hermite_e.hermegauss(8)
+        gaussian = self.distribution
+        u = gaussian.loc[..., None] + gaussian.scale[..., None] * nodes  # (..., A, 8)
+        log_slope = 2 * (math.log(2) - u - nn.softplus(-2 * u))  # log(1 - tanh(u) ** 2)
+        mean_log_slope = jnp.sum(log_slope * (weights / np.sum(weights)), axis=-1)
+        return super().entropy() + jnp.sum(mean_log_slope, axis=-1)
+
+
+def action_distribution(logits: jax.Array, action_mask: jax.Array) -> distrax.Distribution:
+    """The policies of the agents, (..., A). Illegal actions have probability 0.
+
+    For continuous actions the "logits" are mean and log std, (..., 2 A), and nothing is illegal.
+    """
+    if logits.shape[-1] == 2 * action_mask.shape[-1]:
+        mean, log_std = jnp.split(logits, 2, axis=-1)
+        std = jnp.exp(jnp.clip(log_std, *LOG_STD_BOUNDS))
+        return SquashedGaussian(distrax.Normal(mean, std), reinterpreted_batch_ndims=1)
     return distrax.Categorical(logits=jnp.where(action_mask, logits, -1e9), dtype=jnp.int32)
 
 
@@ -412,7 +489,7 @@ def learner_act(
 ):
     """One step, all agents at once, each from what it saw itself: obs (B, N, ...).
 
-    timestep (B,), hidden (B, N, F). Returns action (B, N) int32, log_prob (B, N), hidden.
+    timestep (B,), hidden (B, N, F). Returns action (B, N, ..), log_prob (B, N), hidden.
     """
     view = rearrange(obs.agents_view, "b n o -> n b 1 1 o")
     hidden = rearrange(hidden, "b n f -> n b 1 f")
@@ -454,7 +531,7 @@ class Transition(NamedTuple):
 
     obs: Observation
     timestep: jax.Array  # () steps since the episode began, 0 at its first observation
-    action: jax.Array  # (N,) int32
+    action: jax.Array  # (N,) int32, or (N, A) float32 if continuous, before tanh
     behaviour_log_prob: jax.Array  # (N,) of the learner that acted, pi_old
     value: jax.Array  # (N,)
     reward: jax.Array  # (N,)
@@ -473,7 +550,7 @@ class Minibatch(NamedTuple):
 
     obs: Observation
     timestep: jax.Array  # (M, T)
-    action: jax.Array  # (M, T, N) int32
+    action: jax.Array  # (M, T, N) int32, or (M, T, N, A) float32
     behaviour_log_prob: jax.Array  # (M, T, N)
     value: jax.Array  # (M, T, N) at collection
     advantage: jax.Array  # (M, T, N)
@@ -837,7 +914,7 @@ def evaluate(
 
 # -------------------- Setup -----------------------------------------------------------------------
 def make_networks(args: Args, env: TeamEnv) -> Tuple[Learner, Critic]:
-    learner = Learner(env.num_actions, args.learner_hidden_dim)
+    learner = Learner(env.num_actions, args.learner_hidden_dim, env.continuous)
     critic = Critic(args.critic_hidden_dim)
     return learner, critic
 
@@ -1384,7 +1461,8 @@ def main() -> int:
         devices = choose_devices(args)
         env = make_env(args.env_id, args.scenario)
         task = f"{args.env_id} {args.scenario}".strip()
-        team = f"{env.num_agents} agents, {env.num_actions} actions"
+        kind = "components of an action" if env.continuous else "actions"
+        team = f"{env.num_agents} agents, {env.num_actions} {kind}"
         hardware = f"{args.num_devices} x {devices[0].device_kind}"
         budget = f"{args.total_timesteps} steps"
         print(f"{script}: {task}, {team}, {budget}, {hardware}")
