@@ -26,8 +26,11 @@ import figures  # noqa: E402
 import paper  # noqa: E402
 import plot  # noqa: E402
 import run  # noqa: E402
+import tasks_table  # noqa: E402
 
-NAMES = "ablation coordsum coordsum_cpu defaults figure1 learning memory paper".split()
+import tasks  # noqa: E402
+
+NAMES = "ablation coordsum coordsum_cpu defaults figure1 learning memory paper suites".split()
 FILES = [os.path.join(ROOT, "benchmark", f"{name}.txt") for name in NAMES]
 
 # Writes what a training script writes, without training; CoordSum's return is the seed. --sleep is
@@ -539,7 +542,7 @@ def test_every_command_is_one_that_its_script_takes(monkeypatch):
     for line in [line for path in FILES for line in run.read_lines(path)]:
         python, script, *flags = shlex.split(line)
         assert python == "python"
-        module = importlib.import_module(script.removesuffix(".py"))
+        module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
         args = tyro.cli(module.Args, args=flags)
         module.check_args(args)
         # raises if minibatches do not divide the work
@@ -557,8 +560,6 @@ def test_the_later_of_two_values_counts_for_the_scripts_too():
 
 def test_every_scenario_exists(monkeypatch):
     monkeypatch.chdir(ROOT)
-    import tasks
-
     # test_tasks.py makes those of paper.txt.
     lines = [line for path in FILES if "paper" not in path for line in run.read_lines(path)]
     args = [run.parse(line).args for line in lines]
@@ -585,6 +586,8 @@ def test_paper_txt_is_what_paper_py_writes_and_has_the_tasks_and_budget_of_the_p
     }
     by_scenario = {args["scenario"]: args for args in all_args}
     assert len(by_scenario) == 43
+    names = [(env_id, name) for env_id, group in tasks.PAPER_TASKS.items() for name in group]
+    assert {(args["env_id"], args["scenario"]) for args in all_args} == set(names)
     for args in all_args:
         steps = args["num_envs"] * args["num_steps"]
         assert args["total_timesteps"] // steps * steps == 19_988_480 == 1220 * 128 * 128
@@ -598,3 +601,22 @@ def test_paper_txt_is_what_paper_py_writes_and_has_the_tasks_and_budget_of_the_p
         ("5x20-80", [8, 0.5, 64, 15, 0.2, 0.5, 2, 0.01, 2, 0.0005, 4, 1.1]),
     ):
         assert [by_scenario[scenario][name] for name in names] == row
+
+
+def test_tasks_md_is_what_tasks_table_py_writes():
+    with open(os.path.join(ROOT, "benchmark", "tasks.md")) as file:
+        text = file.read()
+    assert text == tasks_table.write_table()
+    assert len([line for line in text.splitlines() if "| `" in line]) == 43
+
+
+def test_measured_is_the_mean_of_the_last_evaluations_of_the_longest_runs():
+    """Seed 3 has a smaller budget; SMAX has its win rate, too, Connector's is what counts."""
+    rows = [evaluation("magpo", 1, 10 * i, i) for i in range(1, 6)]
+    rows += [evaluation("magpo", 2, 10 * i, 1 + i) for i in range(1, 6)]
+    rows += [evaluation("magpo", 3, 10, 99)]
+    table = pd.DataFrame(rows).assign(env_id="SMAX", scenario="2s3z", win_rate=0.25)
+    assert tasks_table.measured(table, "SMAX", "2s3z") == "4.50, 25% won (0.0M, 2 seeds)"
+    table["env_id"] = "Connector-v3"
+    assert tasks_table.measured(table, "Connector-v3", "2s3z") == "0.25 (0.0M, 2 seeds)"
+    assert tasks_table.measured(table, "SMAX", "2s3z") == "not run"
