@@ -17,6 +17,16 @@ import pytest
 from jax.experimental import io_callback
 
 
+# Files that take minutes come first, so that no worker is left with one of them at the end.
+LONGEST_FIRST = """test_cli test_resume test_environments test_algorithm test_suites test_memory
+    test_baselines test_tasks test_distributed test_glue""".split()
+
+
+def pytest_collection_modifyitems(items):
+    places = {name: place for place, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+
+
 def scripts_with(*names, feed_forward=False, distinct=False):
     """pytest parameters: the scripts that define all of `names`.
 
