@@ -5,6 +5,8 @@
         --scripts magpo_rec.py
     python benchmark/speed.py --scripts magpo_rec.py --guiders sable --num-steps 32 128 512 \\
         --rounds 3 --no-breakdown
+    python benchmark/speed.py --scripts magpo_rec.py baselines/mappo_rec.py \\
+        baselines/happo_rec.py --guiders sable --no-breakdown
 
 All configurations are compiled first and then timed in turn (A B A B ...), a product of two 1024 x
 1024 matrices among them, so that a busy moment of the machine strikes all alike. Each figure is a
@@ -48,7 +50,8 @@ class Options:
 def load(script: str) -> Any:
     """Imports a script of the repository's root by its file name."""
     sys.path.insert(0, ROOT)
-    spec = importlib.util.spec_from_file_location(script[: -len(".py")], os.path.join(ROOT, script))
+    name = script[: -len(".py")].replace("/", ".")
+    spec = importlib.util.spec_from_file_location(name, os.path.join(ROOT, script))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -86,8 +89,11 @@ class Configuration:
         args = m.Args(
             env_id=options.env_id, scenario=scenario, num_envs=num_envs, num_steps=num_steps,
             num_minibatches=options.num_minibatches, update_epochs=options.update_epochs,
-            guider=guider_name, num_devices=options.num_devices,
+            num_devices=options.num_devices,
         )
+        has_guider = hasattr(args, "guider")  # the baselines have none
+        if has_guider:
+            args.guider = guider_name
         has_memory = hasattr(m, "Hidden")
         if options.chunk_steps and has_memory:
             args.chunk_steps = options.chunk_steps
@@ -95,7 +101,7 @@ class Configuration:
         devices, env = m.choose_devices(args), m.make_env(args.env_id, args.scenario)
         (guider, learner), optimizers = m.make_networks(args, env), m.make_optimizers(args)
         parts, key = (args, env, guider, learner, optimizers), jax.random.PRNGKey(0)
-        self.args, self.name = args, f"{script[:-3]} {guider_name}"
+        self.args, self.name = args, script[: -len(".py")] + f" {guider_name}" * has_guider
         networks = (guider, learner) if has_memory else (guider,)
 
         start = time.perf_counter()
