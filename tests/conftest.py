@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 from jax.experimental import io_callback
 
-
 # Files that take minutes come first, so that no worker is left with one of them at the end.
 LONGEST_FIRST = """test_cli test_resume test_environments test_algorithm test_suites test_memory
     test_baselines test_tasks test_distributed test_glue""".split()
