@@ -16,16 +16,24 @@ import jax.numpy as jnp
 from flax.traverse_util import unflatten_dict
 from safetensors.numpy import load_file
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # the scripts
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path[:0] = [ROOT, os.path.join(ROOT, "baselines")]  # the scripts
 
 
 def load_learner(script, path):
     """The network and its parameters, whose shapes tell its sizes."""
     params = unflatten_dict(load_file(path), sep=",")
-    num_actions = params["params"]["Dense_2"]["bias"].size
-    hidden_dim = params["params"]["Dense_0"]["bias"].size
+    num_actions = params["params"]["Dense_2"]["bias"].shape[-1]
+    hidden_dim = params["params"]["Dense_0"]["bias"].shape[-1]
     continuous = "AppendLogStd_0" in params["params"]
     return script.Learner(num_actions, hidden_dim, continuous), params
+
+
+def params_of_agent(params, agent):
+    """Those of one agent, where each has its own (HAPPO: stacked to (N, ...)), else those of all."""
+    if params["params"]["Dense_0"]["bias"].ndim == 1:
+        return params
+    return jax.tree.map(lambda x: x[agent], params)
 
 
 def likeliest(logits, action_mask):
@@ -54,6 +62,7 @@ def decide_with_memory(learner, params, view, action_mask, timestep, hidden):
 def play(team_env, learner, params, has_memory):
     """One episode of a TeamEnv, agent after agent -> steps, the team's return."""
     num_agents = team_env.num_agents
+    own_params = [params_of_agent(params, j) for j in range(num_agents)]
     hidden = [jnp.zeros(learner.hidden_dim)] * num_agents
     choose = jax.jit(decide_with_memory if has_memory else decide, static_argnums=0)
     step = jax.jit(team_env.step)
@@ -67,9 +76,9 @@ def play(team_env, learner, params, has_memory):
             view, mask = obs.agents_view[j], obs.action_mask[j]
             if has_memory:
                 past = (float(step_count), hidden[j])
-                action, hidden[j] = choose(learner, params, view, mask, *past)
+                action, hidden[j] = choose(learner, own_params[j], view, mask, *past)
             else:
-                action = choose(learner, params, view, mask)
+                action = choose(learner, own_params[j], view, mask)
             actions.append(action)
         # Continuous actions are brought within their bounds here, by `TeamEnv.bounded`.
         state, outcome = step(state, jnp.stack(actions))
