@@ -30,7 +30,7 @@ def load_learner(script, path):
 
 
 def params_of_agent(params, agent):
-    """Those of one agent, where each has its own (HAPPO: stacked to (N, ...)), else those of all."""
+    """One agent's, where each has its own (HAPPO: stacked to (N, ...)), else those of all."""
     if params["params"]["Dense_0"]["bias"].ndim == 1:
         return params
     return jax.tree.map(lambda x: x[agent], params)
