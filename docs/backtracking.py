@@ -4,8 +4,8 @@
     python docs/backtracking.py RUN_FOLDER --out other.png
 
 The curves come from the run's metrics.jsonl: the returns of guider and learner, the gap between
-them, the share of samples outside of the tether, and the KL divergence of the two policies, over
-all samples (which the learner minimises) and over those outside of the tether (the guider).
+them, the share of samples outside of the tether, and the two KL losses, means over all samples: the
+learner's, and the guider's, which is masked.
 """
 import dataclasses
 import json
@@ -24,7 +24,7 @@ PANELS = {
     "share of samples outside of the tether": {"losses/delta_clipfrac": ""},
     "KL(mu || pi)": {
         "losses/learner_kl": "all samples",
-        "losses/guider_kl": "those outside of the tether",
+        "losses/guider_kl": "masked: 0 inside of the tether",
     },
 }
 

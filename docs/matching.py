@@ -29,7 +29,6 @@ import magpo_ff  # noqa: E402
 class Options:
     deltas: Tuple[float, ...] = (1.1,)  # lengths of the tether; inf: none
     learner_rl_coef: float = 4.0  # lambda of MAGPO
-    iterations: int = test_ctds.NUM_ITERATIONS  # of 160 steps each
 
 
 def show(name: str, guider: np.ndarray, learner: np.ndarray) -> None:
@@ -40,7 +39,6 @@ def show(name: str, guider: np.ndarray, learner: np.ndarray) -> None:
 
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
-    test_ctds.NUM_ITERATIONS = options.iterations
     # Compilation would take longer than training: with few optimisations it takes a third.
     jax.config.update("jax_disable_most_optimizations", True)
     print(f"{'':18}{'guider':>8}{'learner':>9}   learner, {test_ctds.NUM_SEEDS} seeds")

@@ -104,9 +104,9 @@ def draw(options: Options) -> plt.Figure:
         lower.set_xlabel("log(mu / pi)")
     axes[0, 0].set_ylabel(f"loss, A = {options.advantage:g}")
     axes[1, 0].set_ylabel("gradient by log mu")
-    corner = {"transform": axes[1, 0].transAxes, "color": "0.3"}
-    axes[1, 0].text(0.03, 0.93, "above 0: mu shrinks", **corner)
-    axes[1, 0].text(0.03, 0.03, "below 0: mu grows", **corner)
+    place = {"transform": axes[1, 0].transAxes, "ha": "right", "color": "0.3"}
+    axes[1, 0].text(0.7, 0.91, "above 0: mu shrinks", **place)
+    axes[1, 0].text(0.97, 0.03, "below 0: mu grows", **place)
     handles, labels = axes[0, 0].get_legend_handles_labels()
     fig.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
     return fig
