@@ -12,7 +12,6 @@ import os
 import sys
 from typing import Tuple
 
-import jax
 import numpy as np
 import tyro
 
@@ -39,8 +38,6 @@ def show(name: str, guider: np.ndarray, learner: np.ndarray) -> None:
 
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
-    # Compilation would take longer than training: with few optimisations it takes a third.
-    jax.config.update("jax_disable_most_optimizations", True)
     print(f"{'':18}{'guider':>8}{'learner':>9}   learner, {test_ctds.NUM_SEEDS} seeds")
     show("CTDS", *test_ctds.matching(ctds_ff))
     for delta in options.deltas:

@@ -116,6 +116,7 @@ def main() -> None:
     options = tyro.cli(Options, description=__doc__)
     show_point(options)
     plt.switch_backend("agg")  # without a display
+    os.makedirs(os.path.dirname(options.out) or ".", exist_ok=True)
     draw(options).savefig(options.out, dpi=110)
     print(f"picture: {options.out}")
 
