@@ -153,7 +153,7 @@ def test_training_commands_are_accepted(script, monkeypatch, capsys, tmp_path):
 
 
 def test_tables(monkeypatch, capsys):
-    """The student fails with the KL of the code; where the guider backtracks the learner does not."""
+    """The student fails with the KL of the code; with backtracking the learner does not."""
     for flags in commands_of("docs/tables.py"):
         run_program("docs/tables.py", monkeypatch, *flags, "--games", 2)
         found = re.findall(r"^(CTDS|MAGPO), (KL\S+ \|\| \S+) +([\d.]+) +([\d.]+)$",
@@ -165,30 +165,34 @@ def test_tables(monkeypatch, capsys):
 
 
 def test_matching(monkeypatch, capsys):
-    """A row for CTDS and one for each delta, from one iteration of two seeds.
-
-    CTDS, which would take as long to compile again, is left out: test_ctds.py trains both, and
-    tests what the whole command shows.
-    """
+    """A row for CTDS and one for each delta. Its two trainings take long to compile; they are those
+    of test_matching_game in test_ctds.py, which tests their results, and are not run again."""
     import test_ctds
 
-    calls, real = [], test_ctds.matching
+    trained = []
 
     def matching(script, **flags):
-        calls.append((script.__name__, flags))
-        untrained = (np.full(2, 0.5), np.full(2, 0.5))
-        return untrained if script is test_ctds.ctds_ff else real(script, **flags)
+        trained.append((script.__name__, flags))
+        return np.array([0.5, 0.7, 0.8]), np.array([0.9, 0.6, len(trained) / 10])
 
     monkeypatch.setattr(test_ctds, "matching", matching)
-    monkeypatch.setattr(test_ctds, "NUM_ITERATIONS", 1)
-    monkeypatch.setattr(test_ctds, "NUM_SEEDS", 2)
     (flags,) = commands_of("docs/matching.py")
     run_program("docs/matching.py", monkeypatch, *flags)
-    assert calls == [("ctds_ff", {}), ("magpo_ff", {"delta": 1.1, "learner_rl_coef": 4.0})]
-    rows = re.findall(r"^(CTDS|MAGPO, delta [\d.]+) +(0\.\d\d) +(0\.\d\d) +(0\.\d\d) (0\.\d\d)$",
-                      capsys.readouterr().out, re.M)
-    assert [row[0] for row in rows] == ["CTDS", "MAGPO, delta 1.1"]
-    assert all(0.3 < float(number) < 0.7 for row in rows for number in row[1:])  # hardly trained
+    shown = capsys.readouterr().out.splitlines()
+    run_program("docs/matching.py", monkeypatch, "--deltas", "4", "inf", "--learner-rl-coef", "0")
+    assert [row.split() for row in shown[1:]] == [
+        ["CTDS", "0.70", "0.60", "0.10", "0.60", "0.90"],
+        ["MAGPO,", "delta", "1.1", "0.70", "0.60", "0.20", "0.60", "0.90"]]
+    in_the_guide = [("ctds_ff", {}), ("magpo_ff", {"delta": 1.1, "learner_rl_coef": 4.0})]
+    assert trained[:2] == in_the_guide
+    assert trained[3:] == [
+        ("magpo_ff", {"delta": delta, "learner_rl_coef": 0.0}) for delta in (4.0, math.inf)]
+
+    # and these are the arguments with which test_ctds.py trains
+    trained.clear()
+    with pytest.raises(AssertionError):  # for the numbers above are no results
+        test_ctds.test_matching_game()
+    assert trained == in_the_guide
 
 
 def test_tether(monkeypatch, capsys, tmp_path):
