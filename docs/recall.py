@@ -1,6 +1,7 @@
-"""Recall, a game that needs memory: examples/my_env.py with another rule, in three methods.
+r"""Recall, a game that needs memory: examples/my_env.py with another rule, in three methods.
 
-    python magpo_rec.py --env-id docs.recall:Recall-v0 --total-timesteps 60_000 --num-steps 32
+    python magpo_rec.py --env-id docs.recall:Recall-v0 --num-envs 32 --num-steps 32 \
+        --total-timesteps 100_000 --num-evals 5
 
 Three agents see a number, 0, 1 or 2, in the first of ten steps alone. In each step the team earns 1
 if all of them say it. Who forgets it can say one number all the time, and earns 4 on average: 1 in
