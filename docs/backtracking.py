@@ -1,0 +1,101 @@
+"""How the guider is brought back in practice: four curves of a finished run as one picture.
+
+    python docs/backtracking.py RUN_FOLDER
+    python docs/backtracking.py RUN_FOLDER --out other.png
+
+The curves come from the run's metrics.jsonl: the returns of guider and learner, the gap between
+them, the share of samples outside of the tether, and the two KL losses, means over all samples: the
+learner's, and the guider's, which is masked.
+"""
+import dataclasses
+import json
+import os
+import sys
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import seaborn as sns
+import tyro
+from matplotlib.ticker import EngFormatter, PercentFormatter
+
+PANELS = {
+    "return per episode": {"eval/guider_return": "guider", "eval/learner_return": "learner"},
+    "gap: guider - learner": {"eval/imitation_gap": ""},
+    "share of samples outside of the tether": {"losses/delta_clipfrac": ""},
+    "KL(mu || pi)": {
+        "losses/learner_kl": "all samples",
+        "losses/guider_kl": "masked: 0 inside of the tether",
+    },
+}
+
+
+@dataclasses.dataclass
+class Options:
+    folder: tyro.conf.Positional[str]  # of a run of magpo_ff.py or magpo_rec.py
+    out: str = "docs/backtracking.png"  # PNG to write
+
+
+class InputError(ValueError):
+    """What was asked for cannot be shown; its text is the one line that the user sees."""
+
+
+def read(folder: str) -> tuple[dict, pd.DataFrame]:
+    """A run's arguments, and the rows of its metrics.jsonl.
+
+    Raises InputError if it is no run of MAGPO, or has not been evaluated after some training.
+    """
+    try:
+        with open(os.path.join(folder, "args.json")) as file:
+            args = json.load(file)["args"]
+        frame = pd.read_json(os.path.join(folder, "metrics.jsonl"), lines=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{folder}: is no run's folder: {error}") from error
+    for name in [name for curves in PANELS.values() for name in curves]:
+        if name not in frame:
+            raise InputError(f"{folder}: its metrics have no {name}")
+    return args, frame
+
+
+def draw(args: dict, frame: pd.DataFrame) -> plt.Figure:
+    sns.set_theme(style="ticks", font_scale=1.1, rc={"axes.grid": True, "grid.alpha": 0.3})
+    fig, axes = plt.subplots(2, 2, figsize=(12, 7), sharex=True, layout="constrained")
+    for ax, (title, curves) in zip(axes.flat, PANELS.items()):
+        for name, label in curves.items():
+            ax.plot(frame["global_step"], frame[name], label=label, lw=2)
+        ax.set_title(title)
+        ax.xaxis.set_major_formatter(EngFormatter(sep=""))
+        if len(curves) > 1:
+            ax.legend(frameon=False)
+    _, gap, outside, kl = axes.flat
+    gap.axhline(0, color="0.3", lw=1)
+    outside.yaxis.set_major_formatter(PercentFormatter(1))
+    outside.set_ylim(bottom=0)
+    kl.set_yscale("log")
+    for ax in axes[1]:
+        ax.set_xlabel("environment steps")
+    task = f"{args['env_id']} {args['scenario']}".strip()
+    fig.suptitle(f"{task}, {args['guider']} guider, delta {args['delta']:g}, "
+                 f"lambda {args['learner_rl_coef']:g}, seed {args['seed']}")
+    return fig
+
+
+def main() -> int:
+    options = tyro.cli(Options, description=__doc__)
+    plt.switch_backend("agg")  # without a display
+    try:
+        args, frame = read(options.folder)
+        draw(args, frame).savefig(options.out, dpi=110)
+    except (OSError, InputError) as error:
+        print(f"backtracking.py: error: {error}", file=sys.stderr)
+        return 2
+    last = frame.iloc[-1]
+    print(f"at the end: outside of the tether {last['losses/delta_clipfrac']:.1%}, "
+          f"KL {last['losses/learner_kl']:.2g}, gap {last['eval/imitation_gap']:.2f}")
+    print(f"largest: outside of the tether {frame['losses/delta_clipfrac'].max():.1%}, "
+          f"KL {frame['losses/learner_kl'].max():.2g}, gap {frame['eval/imitation_gap'].max():.2f}")
+    print(f"picture: {options.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

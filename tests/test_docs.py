@@ -1,0 +1,351 @@
+"""The pages: links, tables and lengths; and every command and change of the reading-group guide."""
+
+import importlib
+import importlib.util
+import json
+import math
+import os
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from PIL import Image
+
+ROOT = pathlib.Path(__file__).parent.parent
+GUIDE = ROOT / "docs" / "reading_group.md"
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("*/README.md")), *sorted(ROOT.glob("docs/*.md"))]
+TINY = """--num-envs 4 --num-steps 8 --eval-episodes 4 --embed-dim 8 --learner-hidden-dim 8
+          --update-epochs 2 --num-minibatches 2 --total-timesteps 128 --num-evals 2""".split()
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+for_each_page = pytest.mark.parametrize("page", PAGES, ids=lambda x: str(x.relative_to(ROOT)))
+
+
+# -------------------- The pages -------------------------------------------------------------------
+def prose(page):
+    """The page without its code blocks."""
+    return re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
+
+
+def anchors(page):
+    """The anchors that GitHub gives to the headings of a page."""
+    found = []
+    for heading in re.findall(r"^#+ (.+?) *$", prose(page), re.M):
+        text = re.sub(r"\[(.*?)\]\(.*?\)", r"\1", heading).lower()
+        anchor = re.sub(r"[^\w\- ]", "", text).replace(" ", "-")
+        again = sum(re.fullmatch(rf"{re.escape(anchor)}(-\d+)?", other) is not None
+                    for other in found)
+        found.append(f"{anchor}-{again}" if again else anchor)
+    return found
+
+
+def missing_links(page):
+    """The links to files and anchors of the repository that lead nowhere."""
+    missing = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        if re.match(r"\w+:", link):  # https: and the like
+            continue
+        name, _, anchor = link.partition("#")
+        target = page.parent / name if name else page
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            missing.append(link)
+    return missing
+
+
+@for_each_page
+def test_links_lead_somewhere(page):
+    assert missing_links(page) == []
+
+
+def test_a_broken_link_is_found(tmp_path):
+    """Of a file that is missing and of an anchor; code blocks do not count."""
+    page = tmp_path / "page.md"
+    links = "[a](page.md#one-two) [b](none.md) [c](#three) [d](#one-two-1) [e](https://x.y/z)"
+    page.write_text(f"# One `two`\n## One two\n{links}\n```\n[f](none.md)\n```\n")
+    assert missing_links(page) == ["none.md", "#three"]
+
+
+@for_each_page
+def test_tables_have_as_many_cells_in_each_row(page):
+    """As many as the first row, of which the second row shows the alignment."""
+    tables = re.findall(r"(?:^ *\|.*\n?)+", prose(page), re.M)
+    for rows in (table.strip().splitlines() for table in tables):
+        cells = [len(re.findall(r"(?<!\\)\|", row)) - 1 for row in rows]
+        assert set(cells) == {cells[0]}, rows[0]
+        assert re.fullmatch(r"[ |:-]+", rows[1]), rows[0]
+
+
+@pytest.mark.parametrize("page, most", [(ROOT / "README.md", 200), (GUIDE, 150)],
+                         ids=["README.md", "reading_group.md"])
+def test_length(page, most):
+    assert len(page.read_text().splitlines()) <= most
+
+
+def test_workflow():
+    """GitHub runs what .ci/run runs, with the versions of Python that the README names."""
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "tests.yml").read_text())
+    job = workflow["jobs"]["tests"]
+    assert {"run": ".ci/run"} in job["steps"] and os.access(ROOT / ".ci" / "run", os.X_OK)
+    readme = (ROOT / "README.md").read_text()
+    first, last = re.search(r"Python 3\.(\d+) to 3\.(\d+)", readme).groups()
+    versions = [f"3.{minor}" for minor in range(int(first), int(last) + 1)]
+    assert job["strategy"]["matrix"]["python"] == versions
+
+
+# -------------------- The commands of the guide ---------------------------------------------------
+def guide_commands():
+    blocks = re.findall(r"^ *```bash\n(.*?)^ *```", GUIDE.read_text(), re.M | re.S)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    return [shlex.split(line) for line in lines]
+
+
+def commands_of(program):
+    """The arguments of each of the guide's commands that runs this program."""
+    found = [words[2:] for words in guide_commands() if words[1] == program]
+    assert found, program
+    return found
+
+
+def load(path, monkeypatch):
+    """The module in a file, which sees what `python PATH` would see."""
+    spec = importlib.util.spec_from_file_location(f"loaded_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)  # where dataclasses look for it
+    monkeypatch.setattr(sys, "path", [str(path.parent), *sys.path])
+    spec.loader.exec_module(module)
+    return module
+
+
+def run_program(path, monkeypatch, *flags):
+    """Runs a program of ours as `python PATH FLAGS`, in this process -> its exit status."""
+    monkeypatch.setattr(sys, "argv", [path, *map(str, flags)])
+    return load(ROOT / path, monkeypatch).main()
+
+
+def is_picture(path):
+    with Image.open(path) as picture:
+        return picture.format == "PNG" and picture.width > 1000
+
+
+def test_each_command_is_run_by_a_test_below():
+    tested = {
+        "magpo_ff.py", "magpo_rec.py", "ctds_ff.py", "benchmark/run.py", "benchmark/speed.py",
+        "docs/tables.py", "docs/matching.py", "docs/tether.py", "docs/backtracking.py",
+        "docs/heatmap.py",
+    }
+    assert {tuple(words[:1]) for words in guide_commands()} == {("python",)}
+    assert {words[1] for words in guide_commands()} == tested
+
+
+@pytest.mark.parametrize("script", ["magpo_ff", "ctds_ff", "magpo_rec"])
+def test_training_commands_are_accepted(script, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for flags in commands_of(f"{script}.py"):
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", *flags, "--dry-run"])
+        assert importlib.import_module(script).main() == 0, (flags, capsys.readouterr().err)
+
+
+def test_tables(monkeypatch, capsys):
+    """The student fails with the KL of the code; with backtracking the learner does not."""
+    for flags in commands_of("docs/tables.py"):
+        run_program("docs/tables.py", monkeypatch, *flags, "--games", 2)
+        found = re.findall(r"^(CTDS|MAGPO), (KL\S+ \|\| \S+) +([\d.]+) +([\d.]+)$",
+                           capsys.readouterr().out, re.M)
+        learner = {(name, direction): float(value) for name, direction, _, value in found}
+        assert len(learner) == 4 and all(float(guider) > 0.99 for _, _, guider, _ in found)
+        assert learner.pop(("CTDS", "KL(mu || pi)")) < 0.6
+        assert min(learner.values()) > 0.99
+
+
+def test_matching(monkeypatch, capsys):
+    """A row for CTDS and one for each delta. Its two trainings take long to compile; they are those
+    of test_matching_game in test_ctds.py, which tests their results, and are not run again."""
+    import test_ctds
+
+    trained = []
+
+    def matching(script, **flags):
+        trained.append((script.__name__, flags))
+        return np.array([0.5, 0.7, 0.8]), np.array([0.9, 0.6, len(trained) / 10])
+
+    monkeypatch.setattr(test_ctds, "matching", matching)
+    (flags,) = commands_of("docs/matching.py")
+    run_program("docs/matching.py", monkeypatch, *flags)
+    shown = capsys.readouterr().out.splitlines()
+    run_program("docs/matching.py", monkeypatch, "--deltas", "4", "inf", "--learner-rl-coef", "0")
+    assert [row.split() for row in shown[1:]] == [
+        ["CTDS", "0.70", "0.60", "0.10", "0.60", "0.90"],
+        ["MAGPO,", "delta", "1.1", "0.70", "0.60", "0.20", "0.60", "0.90"]]
+    in_the_guide = [("ctds_ff", {}), ("magpo_ff", {"delta": 1.1, "learner_rl_coef": 4.0})]
+    assert trained[:2] == in_the_guide
+    assert trained[3:] == [
+        ("magpo_ff", {"delta": delta, "learner_rl_coef": 0.0}) for delta in (4.0, math.inf)]
+
+    # and these are the arguments with which test_ctds.py trains
+    trained.clear()
+    with pytest.raises(AssertionError):  # for the numbers above are no results
+        test_ctds.test_matching_game()
+    assert trained == in_the_guide
+
+
+def test_tether(monkeypatch, capsys, tmp_path):
+    """The picture, and the point at which the double clip lets an outward gradient through."""
+    printed = []
+    for flags in commands_of("docs/tether.py"):
+        run_program("docs/tether.py", monkeypatch, *flags, "--out", tmp_path / "new" / "x.png")
+        assert is_picture(tmp_path / "new" / "x.png")
+        numbers = re.findall(r"loss +(-?[\d.]+) +gradient +(-?[\d.]+)", capsys.readouterr().out)
+        printed.append(np.array(numbers, float))
+    ppo, kl, total = printed[0]
+    divergence = 0.3 * math.log(0.3 / 0.1) + 0.7 * math.log(0.7 / 0.9)
+    pull = 0.3 * (math.log(0.3 / 0.1) - math.log(0.7 / 0.9))
+    np.testing.assert_allclose(ppo, [-0.6, -0.6], atol=1e-3)
+    np.testing.assert_allclose(kl, [divergence, pull], atol=1e-3)
+    np.testing.assert_allclose(total, ppo + kl, atol=2e-3)
+
+
+def test_tether_draws_the_functions_of_the_script(monkeypatch):
+    """Inside of the tether and of PPO's clip the gradient is -r A, beyond it is that of the KL."""
+    tether = load(ROOT / "docs" / "tether.py", monkeypatch)
+    fig = tether.draw(tether.Options(deltas=(1.5,), behaviour_probs=(0.14,)))
+    line = fig.axes[1].lines[0]
+    log_ratio, slope = np.asarray(line.get_xdata()), np.asarray(line.get_ydata())
+    inside = np.abs(log_ratio) < math.log(1.5) - 1e-3
+    np.testing.assert_allclose(slope[inside], -np.exp(log_ratio[inside]) / 1.4, rtol=1e-3)
+    outside = log_ratio > math.log(1.5) + 1e-3
+    assert np.all(slope[outside] > 0)
+
+
+def test_commands_of_the_benchmark(monkeypatch, capsys):
+    """The sweep is listed, command by command; what is to be timed exists."""
+    monkeypatch.chdir(ROOT)
+    for flags in commands_of("benchmark/run.py"):
+        run_program("benchmark/run.py", monkeypatch, *flags, "--dry-run")
+        assert capsys.readouterr().out.count("--exp-name delta_") == 25
+    (flags,) = commands_of("benchmark/speed.py")
+    assert os.path.exists(flags[flags.index("--scripts") + 1])
+    with pytest.raises(SystemExit) as end:
+        run_program("benchmark/speed.py", monkeypatch, *flags, "--help")
+    assert end.value.code == 0
+
+
+def test_heatmap(monkeypatch, capsys, tmp_path):
+    """A cell is the mean over seeds of the last evaluations."""
+    rows = []
+    for delta, factor in (("1.1", 1), ("inf", 2)):
+        for coef in (0, 4):
+            for seed in (1, 2):
+                run = {"env_id": "CoordSum-v0", "scenario": "3x10=10", "seed": seed,
+                       "exp_name": f"delta_{delta}_lambda_{coef}"}
+                for step, learner in ((0, 0.0), (100, 10.0 * factor + coef + seed)):
+                    row = {"global_step": step, "learner": learner, "guider": 30.0}
+                    rows.append(run | row | dict.fromkeys(("win_rate", "learner_kl")))
+    csv = tmp_path / "heatmap.csv"
+    pd.DataFrame(rows).assign(wall_seconds=1.0).to_csv(csv, index=False)
+    (flags,) = commands_of("docs/heatmap.py")
+    assert flags == ["benchmark/runs/heatmap"]
+    out = ["--last", "1", "--out", tmp_path / "heatmap.png"]
+    assert run_program("docs/heatmap.py", monkeypatch, csv, *out) == 0
+    assert is_picture(tmp_path / "heatmap.png")
+    printed = capsys.readouterr().out
+    for row in ("1.1 | 0.0 | 11.5 | 30.0 | 18.5", "inf | 4.0 | 25.5 | 30.0 | 4.5"):
+        assert f"| {row} |" in printed
+
+    csv.write_text(csv.read_text().replace("delta_inf_lambda_4", "other"))
+    assert run_program("docs/heatmap.py", monkeypatch, csv, *out) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("heatmap.py: error: other: ") and error.count("\n") == 1
+
+
+# -------------------- The changes of the guide ----------------------------------------------------
+def guide_changes():
+    """The guide's diff blocks, each a list of (lines before, lines after)."""
+    changes = []
+    for block in re.findall(r"^```diff\n(.*?)^```", GUIDE.read_text(), re.M | re.S):
+        hunks = [hunk for hunk in re.split(r"^@@.*\n", block, flags=re.M) if hunk]
+        lines = [hunk.splitlines(keepends=True) for hunk in hunks]
+        sides = [[[line[1:] for line in hunk if line[0] in kinds] for kinds in (" -", " +")]
+                 for hunk in lines]
+        changes.append([("".join(before), "".join(after)) for before, after in sides])
+    return changes
+
+
+def change(script, hunks):
+    """The text of a script after a change, whose lines must be found in it once."""
+    text = (ROOT / f"{script}.py").read_text()
+    for before, after in hunks:
+        assert text.count(before) == 1, before
+        text = text.replace(before, after)
+    return text
+
+
+def load_changed(script, hunks, folder, monkeypatch):
+    path = folder / f"{script}.py"
+    path.write_text(change(script, hunks))
+    return load(path, monkeypatch)
+
+
+def test_change_of_the_learner(monkeypatch, tmp_path):
+    """It has one dense layer more, of the same width."""
+    deeper, _ = guide_changes()
+    script = load_changed("magpo_ff", deeper, tmp_path, monkeypatch)
+    learner = script.Learner(num_actions=3, hidden_dim=8)
+    view = jax.ShapeDtypeStruct((1, 2, 5), "float32")
+    shapes = jax.eval_shape(learner.init, jax.random.PRNGKey(0), view)["params"]
+    kernels = [shapes[f"Dense_{i}"]["kernel"].shape for i in range(len(shapes))]
+    assert kernels == [(5, 8), (8, 8), (8, 8), (8, 3)]
+
+
+@pytest.mark.parametrize("script", ["magpo_ff", "magpo_rec"])
+def test_change_of_the_tether(script, monkeypatch, tmp_path):
+    """It goes from 4 to --delta, in either script."""
+    _, shorter = guide_changes()
+    module = load_changed(script, shorter, tmp_path, monkeypatch)
+    args = module.Args(
+        num_envs=4, num_steps=8, total_timesteps=320, update_epochs=2, num_minibatches=3, delta=1.1)
+    deltas = [float(module.tether(args, number)) for number in range(0, 61, 6)]
+    assert deltas[0] == 4.0 and deltas[-1] == pytest.approx(1.1)
+    np.testing.assert_allclose(np.diff(np.log(deltas)), math.log(1.1 / 4.0) / 10, rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def changed_run(environ, tmp_path_factory):
+    """The folder of a tiny run of magpo_ff.py with both changes of the guide."""
+    folder = tmp_path_factory.mktemp("changed")
+    hunks = [hunk for hunks in guide_changes() for hunk in hunks]
+    (folder / "magpo_changed.py").write_text(change("magpo_ff", hunks))
+    command = [sys.executable, folder / "magpo_changed.py", "--env-id", "examples.my_env:Meet-v0"]
+    command += [*TINY, "--delta", "1.01", "--learning-rate", "0.01", "--run-dir", folder / "runs"]
+    environ = environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environ, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (run,) = (path for path in (folder / "runs").iterdir() if path.name[0] != ".")
+    return run
+
+
+def test_changed_tether_shortens_in_a_run(changed_run):
+    """Hardly anything is outside of it in the first half, and in the second much is."""
+    rows = [json.loads(line) for line in (changed_run / "metrics.jsonl").read_text().splitlines()]
+    _, early, late = (row.get("losses/delta_clipfrac") for row in rows)
+    assert early < 0.02 < 0.1 < late
+
+
+def test_backtracking(changed_run, monkeypatch, capsys, tmp_path):
+    """The picture of a run, and one line about a folder that is none."""
+    (flags,) = commands_of("docs/backtracking.py")
+    assert flags == ["runs/RUN_FOLDER"]
+    more = ["--out", tmp_path / "x.png"]
+    assert run_program("docs/backtracking.py", monkeypatch, changed_run, *more) == 0
+    assert is_picture(tmp_path / "x.png")
+    out = capsys.readouterr().out
+    assert re.search(r"at the end: outside of the tether \d+\.\d%, KL \S+, gap -?\d+\.\d\d\n", out)
+    assert run_program("docs/backtracking.py", monkeypatch, tmp_path, *more) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("backtracking.py: error: ") and error.count("\n") == 1
