@@ -820,7 +820,8 @@ def double_clip(guider_log_prob, learner_log_prob, behaviour_log_prob, delta, cl
     tether. For delta = inf it is mu itself, to the bit. No gradient goes to the learner.
     A clip that bites stops the gradient, but the minimum in `guider_loss` may take the plain ratio:
     with mu = 0.3, pi = 0.1, mu_old = 0.5, delta = 1.5 and A > 0 it is 0.6, below the clipped 0.8,
-    and pushes mu further out. There the KL of `backtrack_loss` alone holds it.
+    and pushes mu further out. There `backtrack_loss` pulls, here more weakly; mu comes back once
+    mu_old is out, too, where the clip stops the push (docs/reading_group.md).
     """
     center = jax.lax.stop_gradient(learner_log_prob)
     reach = math.log(delta)

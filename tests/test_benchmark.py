@@ -30,7 +30,8 @@ import tasks_table  # noqa: E402
 
 import tasks  # noqa: E402
 
-NAMES = "ablation coordsum coordsum_cpu defaults figure1 learning memory paper suites".split()
+NAMES = """ablation coordsum coordsum_cpu defaults figure1 heatmap learning memory paper
+    suites""".split()
 FILES = [os.path.join(ROOT, "benchmark", f"{name}.txt") for name in NAMES]
 
 # Writes what a training script writes, without training; CoordSum's return is the seed. --sleep is

@@ -167,7 +167,7 @@ def test_nobody_is_no_action(script):
 
 
 @pytest.mark.parametrize("script", NETWORKS)
-def test_learner_is_decentralised(script):
+def test_learner_is_decentralized(script):
     """An agent's mean depends on its own observation alone; log std on nothing."""
     _, learner, mb, params = continuous_parts(script)
 
