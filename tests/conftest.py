@@ -17,8 +17,8 @@ import pytest
 from jax.experimental import io_callback
 
 # Files that take minutes come first, so that no worker is left with one of them at the end.
-LONGEST_FIRST = """test_cli test_resume test_environments test_algorithm test_suites test_memory
-    test_baselines test_tasks test_distributed test_glue""".split()
+LONGEST_FIRST = """test_cli test_resume test_environments test_algorithm test_memory test_baselines
+    test_tasks test_devices test_distributed test_examples test_glue""".split()
 
 
 def pytest_collection_modifyitems(items):

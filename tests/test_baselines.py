@@ -390,11 +390,10 @@ def test_acting_is_training(iterated):
         assert np.any(rollout.last[:-1]) and np.ptp(rollout.value) > 1e-3
 
 
+@pytest.mark.parametrize("iterated", BASELINES[1:], indirect=True)  # those with memory
 def test_next_value_is_that_of_the_true_last_observation(iterated):
-    """With memory: the value of what followed each action, also at a time limit, by a loop."""
+    """The value of what followed each action, also at a time limit, by a loop."""
     script, _, env, (_, critic), both = iterated
-    if not has_memory(script):
-        pytest.skip("without memory the values follow from next_obs")
     state, _, rollout, _ = both[1]
     hidden = state.hidden.critic
     tag, time = tags_and_times(rollout.obs)
@@ -452,6 +451,7 @@ def play_matching_game(script, num_seeds, num_iterations):
     return np.asarray(success(run(keys[:, :1], keys[:, 1:])[:, 0]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "script, num_iterations", [(mappo_ff, 300), (happo_rec, 60)], ids=["mappo_ff", "happo_rec"])
 def test_matching_game(script, num_iterations):
@@ -541,6 +541,7 @@ def test_enjoy(finished, enjoy, monkeypatch, capsys, tmp_path):
     assert "--guider: happo_rec.py has none" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", BASELINES[:2])
 def test_smoke(script, monkeypatch, capsys, tmp_path):
     """One iteration and two evaluations, from another folder than the repository's root, where

@@ -124,6 +124,7 @@ def test_no_run(example, call, tmp_path):
     assert str(tmp_path) in err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "env_id, scenario", [("SMAX", "3m"), ("MPE_simple_spread_v3", "simple_spread_3ag")]
 )

@@ -84,6 +84,10 @@ def whole(environ, tmp_path_factory):
 
 
 DEVICES = [(script.values[0], 1) for script in SCRIPTS] + [(SCRIPTS[-1].values[0], 2)]
+DEVICES = [  # ctds_ff.py saves by the same text as magpo_ff.py
+    pytest.param(*case, marks=pytest.mark.slow if case[0].__name__ == "ctds_ff" else ())
+    for case in DEVICES
+]
 
 
 @pytest.mark.parametrize("script, devices", DEVICES, ids=lambda x: getattr(x, "__name__", x))

@@ -27,7 +27,9 @@ def rows(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("script", ["magpo_ff.py", "magpo_rec.py"])
+@pytest.mark.parametrize(
+    "script", ["magpo_ff.py", pytest.param("magpo_rec.py", marks=pytest.mark.slow)]
+)
 def test_seeds_side_by_side(script, environ, tmp_path):
     """The rows and networks of a seed are those of a run alone, up to rounding; seeds differ."""
     together = ["--script", script, "--seeds", "1", "2"]
