@@ -353,7 +353,8 @@ def make_env(env_id: str, scenario: str) -> TeamEnv:
     view_shape = observation.agents_view.shape
     mask_shape = observation.action_mask.shape if discrete else env.action_spec.shape
     if len(mask_shape) != 2 or view_shape[:1] != mask_shape[:1]:
-        needs = f"agents_view (N, ...) and action_mask (N, A), not {view_shape} and {mask_shape}"
+        name = "action_mask" if discrete else "action_spec"
+        needs = f"agents_view (N, ...) and {name} (N, A), not {view_shape} and {mask_shape}"
         raise FlagError(f"--env-id {env_id}: needs {needs}")
 
     team_env = TeamEnv(env)
@@ -572,6 +573,10 @@ def action_features(action: jax.Array, num_actions: int, continuous: bool) -> ja
     return jax.nn.one_hot(action + 1, num_actions + 1)
 
 
+LOG_STD_START = -0.5  # of Gaussian policies; std is then 0.6
+LOG_STD_BOUNDS = (-5.0, 1.0)
+
+
 class AppendLogStd(nn.Module):
     """Completes a policy of continuous actions: mean (..., A) -> mean and log std (..., 2 A)."""
 
@@ -670,10 +675,6 @@ class Learner(nn.Module):
 
 
 # -------------------- Policies --------------------------------------------------------------------
-LOG_STD_START = -0.5  # of Gaussian policies; std is then 0.6
-LOG_STD_BOUNDS = (-5.0, 1.0)
-
-
 class SquashedGaussian(distrax.Independent):
     """Continuous actions: a Gaussian over u (..., A), where tanh(u) in [-1, 1] is what is done.
 
@@ -739,6 +740,7 @@ def learner_act(learner: Learner, params: Any, obs: Observation, key: jax.Array,
     """All agents at once, each from its own observation: obs (B, N, ...) -> action (B, N, ..)."""
     policy = action_distribution(learner.apply(params, obs.agents_view), obs.action_mask)
     return policy.mode() if greedy else policy.sample(seed=key)
+
 
 # -------------------- Containers ------------------------------------------------------------------
 class Pair(NamedTuple):
@@ -1058,6 +1060,7 @@ def evaluate(
     guider_episodes = play(env, act_as_guider, num_episodes, key)
     return learner_episodes, guider_episodes
 
+
 # -------------------- Setup -----------------------------------------------------------------------
 def make_networks(args: Args, env: TeamEnv) -> Tuple[Guider, Learner]:
     sizes = (args.num_heads, args.num_blocks, args.embed_dim)
@@ -1167,7 +1170,7 @@ def write_whole(path: str, data: bytes) -> None:
 
 
 def save_networks(folder: str, prefix: str, params: Pair) -> None:
-    """Writes learner.safetensors and guider.safetensors, of parameters (D, ...), with a prefix.
+    """Writes the parameters (D, ...) of each network to {prefix}{network}.safetensors.
 
     Arrays have flat names such as params,Dense_0,kernel (JaxMARL's convention), and can be read
     without JAX.
@@ -1478,7 +1481,7 @@ def compile_ahead(function: Callable, *inputs: Any, options: Optional[dict] = No
 
 
 def make_programs(args: Args, env: TeamEnv, devices: list) -> Tuple[Callable, Callable, Callable]:
-    """What runs on the devices: init, iterate and play_both; leaves are (D, ...) in and out."""
+    """What runs on the devices: init, iterate and play_episodes; leaves are (D, ...) in and out."""
     guider, learner = make_networks(args, env)
     optimizers = make_optimizers(args)
     init = functools.partial(init_state, args, env, guider, learner, optimizers)
@@ -1490,8 +1493,8 @@ def make_programs(args: Args, env: TeamEnv, devices: list) -> Tuple[Callable, Ca
         """The episodes of all devices, (D, eval_episodes / D), on each of them."""
         return jax.lax.all_gather(evaluate(args, env, guider, learner, params, key), "device")
 
-    play_both = jax.pmap(evaluate_all, axis_name="device", devices=devices)
-    return init, iterate, play_both
+    play_episodes = jax.pmap(evaluate_all, axis_name="device", devices=devices)
+    return init, iterate, play_episodes
 
 
 def own_keys(args: Args, key: jax.Array) -> jax.Array:
@@ -1499,6 +1502,20 @@ def own_keys(args: Args, key: jax.Array) -> jax.Array:
     share = args.num_devices // jax.process_count()
     first = jax.process_index() * share
     return jax.random.split(key, args.num_devices)[first : first + share]
+
+
+def start_or_resume(args: Args, init: Callable, iterate: Callable, params_key, keys, logger):
+    """State (D, ...), metrics summed since the last evaluation, progress. May raise FlagError."""
+    state = jax.eval_shape(init, params_key, keys)
+    _, sums = jax.eval_shape(iterate, state)
+    if args.resume:
+        (state, sums), progress = load_checkpoint(logger.folder, (state, sums))
+        logger.go_on(progress)
+        return state, sums, progress
+    fast = {"xla_backend_optimization_level": 0}  # for a program that runs once
+    state = compile_ahead(init, params_key, keys, options=fast)(params_key, keys)
+    sums = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), sums)
+    return state, sums, Progress()
 
 
 def train(args: Args, env: TeamEnv, devices: list, logger: Logger, stop: StopSignal) -> None:
@@ -1511,25 +1528,15 @@ def train(args: Args, env: TeamEnv, devices: list, logger: Logger, stop: StopSig
     num_iterations = args.total_timesteps // steps_per_iteration
     evals = range(1, args.num_evals + 1)
     eval_iterations = {math.ceil(num_iterations * i / args.num_evals) for i in evals}
-    init, iterate, play_both = make_programs(args, env, devices)
+    init, iterate, play_episodes = make_programs(args, env, devices)
     add = jax.jit(functools.partial(jax.tree.map, jnp.add))
 
-    # Beside the state there are the metrics summed since the last evaluation.
     start = time.time()
     key, params_key, eval_key = jax.random.split(jax.random.PRNGKey(args.seed), 3)
     keys = own_keys(args, key)
-    state = jax.eval_shape(init, params_key, keys)
-    _, sums = jax.eval_shape(iterate, state)
-    if args.resume:
-        (state, sums), progress = load_checkpoint(logger.folder, (state, sums))
-        logger.go_on(progress)
-    else:
-        fast = {"xla_backend_optimization_level": 0}  # for a program that runs once
-        state = compile_ahead(init, params_key, keys, options=fast)(params_key, keys)
-        sums = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), sums)
-        progress = Progress()
+    state, sums, progress = start_or_resume(args, init, iterate, params_key, keys, logger)
     iterate = compile_ahead(iterate, state)
-    play_both = compile_ahead(play_both, state.params, keys)
+    play_episodes = compile_ahead(play_episodes, state.params, keys)
     progress.compile_seconds += time.time() - start
     logger.begin(progress.iteration * steps_per_iteration, num_iterations * steps_per_iteration)
 
@@ -1560,7 +1567,7 @@ def train(args: Args, env: TeamEnv, devices: list, logger: Logger, stop: StopSig
 
         start = time.time()
         eval_keys = own_keys(args, jax.random.fold_in(eval_key, interval_end))
-        episodes = play_both(state.params, eval_keys)
+        episodes = play_episodes(state.params, eval_keys)
         episodes = jax.tree.map(lambda x: np.asarray(x)[0], episodes)  # (D, eval_episodes / D)
         row |= eval_row(*episodes, env.has_win_rate)
         progress.eval_seconds += time.time() - start

@@ -418,6 +418,7 @@ def test_alone_without_tasks(environ, tmp_path):
     assert "tasks" in done.stderr
 
 
+@pytest.mark.slow
 def test_my_env_on_two_devices(environ, tmp_path):
     """A module is imported after the CPU is split into devices; its environment has a win rate."""
     flags = """--env-id examples.my_env:Meet-v0 --num-devices 2 --num-envs 4 --num-steps 16
@@ -483,6 +484,7 @@ def test_interrupt(script, environ, tmp_path):
     check_png(folder / "learning_curve.png")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", MAGPO[:1])
 def test_not_a_number(script, environ, tmp_path):
     """A loss that is not finite: exit status 1, one line with the term and the iteration; earlier

@@ -81,6 +81,7 @@ def test_two_processes_are_one(one, environ, tmp_path):
     assert out.count("global_step=640 ") == 1
 
 
+@pytest.mark.slow
 def test_two_processes_stop_and_go_on(one, environ, tmp_path):
     """SIGTERM to one of them stops both after the same iteration; both go on from there."""
     half = [*FLAGS, "--total-timesteps", "320", "--num-evals", "1", "--run-dir", str(tmp_path)]

@@ -16,7 +16,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from conftest import random_params
 from PIL import Image
+
+import magpo_ff
 
 ROOT = pathlib.Path(__file__).parent.parent
 GUIDE = ROOT / "docs" / "reading_group.md"
@@ -138,7 +141,7 @@ def test_each_command_is_run_by_a_test_below():
     tested = {
         "magpo_ff.py", "magpo_rec.py", "ctds_ff.py", "benchmark/run.py", "benchmark/speed.py",
         "docs/tables.py", "docs/matching.py", "docs/tether.py", "docs/backtracking.py",
-        "docs/heatmap.py",
+        "docs/heatmap.py", "docs/saddle.py",
     }
     assert {tuple(words[:1]) for words in guide_commands()} == {("python",)}
     assert {words[1] for words in guide_commands()} == tested
@@ -221,6 +224,55 @@ def test_tether_draws_the_functions_of_the_script(monkeypatch):
     np.testing.assert_allclose(slope[inside], -np.exp(log_ratio[inside]) / 1.4, rtol=1e-3)
     outside = log_ratio > math.log(1.5) + 1e-3
     assert np.all(slope[outside] > 0)
+
+
+def test_saddle(monkeypatch, capsys, tmp_path):
+    """A run's policies add up to 1, and its CSV file is drawn again."""
+    tiny = TINY[: TINY.index("--eval-episodes")] + TINY[TINY.index("--embed-dim") :]
+    csv, out = tmp_path / "saddle.csv", tmp_path / "saddle.png"
+    flags = [*tiny, "--every", 3, "--start-delta", 4, "--export", csv, "--out", out]
+    assert run_program("docs/saddle.py", monkeypatch, *flags) == 0
+    frame = pd.read_csv(csv)
+    assert sorted(frame["global_step"].unique()) == [0, 96, 128]
+    assert set(frame["run"]) == {"seed 1, delta 4, then 1.1"}
+    sums = frame.groupby(["global_step", "agent"])["probability"].sum()
+    np.testing.assert_allclose(sums, 1, atol=1e-3)
+    start = frame[frame["global_step"] == 0]
+    for policy in ("guider", "guider, deaf", "learner"):  # 63 of 1000 triples add up to 10
+        np.testing.assert_allclose(start[policy], 0.063, atol=1e-3)
+    out.unlink()
+    other = tmp_path / "other.csv"
+    frame.assign(run="another").to_csv(other)
+    assert run_program("docs/saddle.py", monkeypatch, csv, other, "--out", out) == 0
+    assert is_picture(out)
+    assert run_program("docs/saddle.py", monkeypatch, "--scenario", "3x10-30") == 2
+    error = capsys.readouterr().err
+    assert error == "saddle.py: error: --scenario 3x10-30: must be 3x10=10\n"
+
+
+def test_saddle_looks_at_the_policies_of_the_script(monkeypatch):
+    """The guider's table of triples is that of its actions; its marginals are those of a table."""
+    saddle = load(ROOT / "docs" / "saddle.py", monkeypatch)
+    rng = np.random.default_rng(0)
+    digits = rng.dirichlet(np.ones(10), size=3)
+    triples = saddle.independent(digits)
+    assert triples[saddle.TRIPLES.tolist().index([4, 3, 3])] == pytest.approx(
+        digits[0, 4] * digits[1, 3] * digits[2, 3])
+    np.testing.assert_allclose(saddle.marginals(triples), digits)
+
+    env = magpo_ff.make_env("CoordSum-v0", "3x10=10")
+    guider, learner = magpo_ff.make_networks(magpo_ff.Args(embed_dim=8, guider="mat"), env)
+    _, obs = env.reset(jax.random.PRNGKey(0))
+    many = jax.tree.map(lambda x: np.broadcast_to(x, (20_000, *x.shape)), obs)
+    params = magpo_ff.Pair(
+        random_params(guider, 1, obs.agents_view[None], np.zeros((1, 3), int)),
+        random_params(learner, 2, obs.agents_view))
+    action, *_ = magpo_ff.guider_act(guider, params.guider, many, jax.random.PRNGKey(0))
+    triples, learner_digits = saddle.tables(guider, learner, params, obs)
+    assert np.sum(triples) == pytest.approx(1, abs=1e-4)
+    seen = np.bincount(np.ravel_multi_index(np.asarray(action).T, (10, 10, 10)), minlength=1000)
+    np.testing.assert_allclose(seen / 20_000, triples, atol=0.02)
+    np.testing.assert_allclose(np.sum(learner_digits, axis=-1), 1, atol=1e-5)
 
 
 def test_commands_of_the_benchmark(monkeypatch, capsys):

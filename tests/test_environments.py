@@ -209,6 +209,14 @@ class OneMask(Lanes):
         return super().observe(state)._replace(action_mask=jnp.ones(3, bool))
 
 
+class OneForce(Lanes):
+    """The same with continuous actions for one agent of the team alone."""
+
+    @property
+    def action_spec(self):
+        return specs.BoundedArray((1, 3), float, -1.0, 1.0)
+
+
 class Broken(Lanes):
     """An environment with a mistake in its reset."""
 
@@ -216,7 +224,7 @@ class Broken(Lanes):
         raise ValueError("the well is dry")
 
 
-for kind in (Lanes, WonLanes, OneAction, OneMask, Broken):
+for kind in (Lanes, WonLanes, OneAction, OneMask, OneForce, Broken):
     if f"{kind.__name__}-v0" not in jumanji.registered_environments():
         jumanji.register(id=f"{kind.__name__}-v0", entry_point=f"{__name__}:{kind.__name__}")
 
@@ -343,6 +351,7 @@ def test_error_inside_an_environment():
     ("SearchAndRescue-v0", "", "--env-id SearchAndRescue-v0: its observation has no agents_view"),
     ("OneAction-v0", "", "--env-id OneAction-v0: needs one discrete action per agent"),
     ("OneMask-v0", "", "--env-id OneMask-v0: needs agents_view (N, ...) and action_mask (N, A)"),
+    ("OneForce-v0", "", "--env-id OneForce-v0: needs agents_view (N, ...) and action_spec (N, A)"),
 ])
 def test_refusals(env_id, scenario, start):
     """What cannot be played is refused in one line with the flag, its value and the reason."""

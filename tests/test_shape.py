@@ -31,13 +31,13 @@ ALLOWED_DIFFERENCES = {
     ("magpo_ff", "mappo_ff"): {
         "Args", "Logger.log", "Pair", "Transition", "check_args", "collect", "eval_row", "evaluate",
         "init_state", "learner_act", "main", "make_networks", "make_optimizers", "make_programs",
-        "minibatch_loss", "plot_learning_curve", "save_networks", "train_iteration",
+        "minibatch_loss", "plot_learning_curve", "train_iteration",
     },
     ("magpo_rec", "mappo_rec"): {
         "Args", "Hidden", "Logger.log", "Pair", "Transition", "check_args", "collect", "eval_row",
         "evaluate", "init_hidden", "init_state", "learner_act", "main", "make_networks",
         "make_optimizers", "make_programs", "minibatch_loss", "plot_learning_curve",
-        "save_networks", "train_iteration",
+        "train_iteration",
     },
     ("mappo_rec", "happo_rec"): {
         "critic_value", "init_hidden", "init_state", "learner_act", "train_iteration",
