@@ -1,7 +1,7 @@
 """Redraws the pictures of the repository: runs the commands of benchmark/figures.txt.
 
     python benchmark/figures.py
-    python benchmark/figures.py --only ablation
+    python benchmark/figures.py --only figure1
 
 Start it in the repository's root. A picture whose evaluations are not in benchmark/results is left
 out, with a word.
@@ -18,7 +18,17 @@ import tyro
 from run import read_lines
 
 FOLDER = os.path.dirname(os.path.abspath(__file__))
-PROGRAMS = {"benchmark/plot.py": plot.main, "benchmark/aggregate.py": aggregate.main}
+sys.path.append(os.path.join(os.path.dirname(FOLDER), "docs"))
+
+import heatmap  # noqa: E402
+import saddle  # noqa: E402
+
+PROGRAMS = {
+    "benchmark/plot.py": plot.main,
+    "benchmark/aggregate.py": aggregate.main,
+    "docs/heatmap.py": heatmap.main,
+    "docs/saddle.py": saddle.main,
+}
 
 
 @dataclass
