@@ -92,8 +92,11 @@ def test_length(page, most):
 
 
 def test_workflow():
-    """GitHub runs what .ci/run runs, with the versions of Python that the README names."""
+    """GitHub runs what .ci/run runs, with the versions of Python that the README names, and the slow
+    tests by the README's command."""
     workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "tests.yml").read_text())
+    slow = workflow["jobs"]["slow"]["steps"][-1]["run"]
+    assert slow.removeprefix("python") in (ROOT / "README.md").read_text()
     job = workflow["jobs"]["tests"]
     assert {"run": ".ci/run"} in job["steps"] and os.access(ROOT / ".ci" / "run", os.X_OK)
     readme = (ROOT / "README.md").read_text()
@@ -230,11 +233,12 @@ def test_saddle(monkeypatch, capsys, tmp_path):
     """A run's policies add up to 1, and its CSV file is drawn again."""
     tiny = TINY[: TINY.index("--eval-episodes")] + TINY[TINY.index("--embed-dim") :]
     csv, out = tmp_path / "saddle.csv", tmp_path / "saddle.png"
-    flags = [*tiny, "--every", 3, "--start-delta", 4, "--export", csv, "--out", out]
+    (flags,) = commands_of("docs/saddle.py")
+    flags += [*tiny, "--every", 3, "--start-delta", 4, "--export", csv, "--out", out]
     assert run_program("docs/saddle.py", monkeypatch, *flags) == 0
     frame = pd.read_csv(csv)
     assert sorted(frame["global_step"].unique()) == [0, 96, 128]
-    assert set(frame["run"]) == {"seed 1, delta 4, then 1.1"}
+    assert set(frame["run"]) == {"seed 4, delta 4, then 1.1"}
     sums = frame.groupby(["global_step", "agent"])["probability"].sum()
     np.testing.assert_allclose(sums, 1, atol=1e-3)
     start = frame[frame["global_step"] == 0]
