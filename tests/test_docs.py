@@ -243,7 +243,7 @@ def test_saddle(monkeypatch, capsys, tmp_path):
     np.testing.assert_allclose(sums, 1, atol=1e-3)
     start = frame[frame["global_step"] == 0]
     for policy in ("guider", "guider, deaf", "learner"):  # 63 of 1000 triples add up to 10
-        np.testing.assert_allclose(start[policy], 0.063, atol=1e-3)
+        np.testing.assert_allclose(start[policy], 0.063, atol=5e-3)
     out.unlink()
     other = tmp_path / "other.csv"
     frame.assign(run="another").to_csv(other)
