@@ -92,8 +92,8 @@ def test_length(page, most):
 
 
 def test_workflow():
-    """GitHub runs what .ci/run runs, with the versions of Python that the README names, and the slow
-    tests by the README's command."""
+    """GitHub runs what .ci/run runs, with the versions of Python that the README names, and the
+    slow tests by the README's command."""
     workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "tests.yml").read_text())
     slow = workflow["jobs"]["slow"]["steps"][-1]["run"]
     assert slow.removeprefix("python") in (ROOT / "README.md").read_text()
