@@ -1,14 +1,17 @@
-"""Where a short tether can hold MAGPO: the policies of a run on a symmetric saddle, over training.
+r"""Where a short tether can hold MAGPO: the policies of a run on a symmetric saddle, over training.
 
-    python docs/saddle.py --seed 4
-    python docs/saddle.py --seed 4 --start-delta 4 --export benchmark/results/saddle_freed.csv
+    python docs/saddle.py --seed 4 --num-envs 64 --max-grad-norm 0.5 --total-timesteps 1_000_000 \
+        --export benchmark/results/saddle.csv
+    python docs/saddle.py --seed 4 --num-envs 64 --max-grad-norm 0.5 --total-timesteps 600_000 \
+        --start-delta 4 --export benchmark/results/saddle_freed.csv
     python docs/saddle.py benchmark/results/saddle.csv benchmark/results/saddle_freed.csv
 
 Trains magpo_ff.py on CoordSum `3x10=10` with the flags of benchmark/figure1.txt, and after every
 few iterations writes down all that there is to know of both policies. The target never changes and
 nothing else is seen, so that the learner is a table of three agents and ten digits, and the guider
-one of the thousand triples. Other flags are those of magpo_ff.py. Named CSV files, which --export
-has written, are drawn in place of a run.
+one of the thousand triples. Other flags are those of magpo_ff.py; those of saving, logging and
+evaluation change nothing here. Named CSV files, which --export has written, are drawn in place of a
+run.
 
 The picture has a column a run: what the agents of the learner say, a panel each, and in the last
 panel how often the sum is right: for the guider, for the guider if its agents did not hear each
@@ -44,7 +47,7 @@ FLAGS = magpo_ff.Args(
 class Options:
     sources: tyro.conf.Positional[tuple[str, ...]] = ()  # CSV files of --export, drawn as they are
     every: int = 4  # iterations between two looks at the policies
-    start_delta: float = 0.0  # above 0: the tether's length in the first third of training
+    start_delta: float = 0.0  # above 1: the tether's length in the first third of training
     export: str = ""  # CSV file to write
     out: str = "docs/saddle.png"  # PNG to write
     run: tyro.conf.OmitArgPrefixes[magpo_ff.Args] = dataclasses.field(default_factory=lambda: FLAGS)
@@ -97,6 +100,11 @@ def record(options: Options) -> pd.DataFrame:
     """
     args = options.run
     magpo_ff.check_args(args)
+    if options.every < 1:
+        raise magpo_ff.FlagError(f"--every {options.every}: must be above 0")
+    if options.start_delta != 0 and not options.start_delta > 1:
+        rule = "must be above 1, or 0 for none"
+        raise magpo_ff.FlagError(f"--start-delta {options.start_delta}: {rule}")
     magpo_ff.start_jax(args)
     devices = magpo_ff.choose_devices(args)
     env = magpo_ff.make_env(args.env_id, args.scenario)
@@ -129,6 +137,15 @@ def record(options: Options) -> pd.DataFrame:
             early = options.start_delta and iteration < num_iterations / 3
             state, _ = iterate_at_start(state) if early else iterate(state)
     return pd.DataFrame(rows)
+
+
+def read(source: str) -> pd.DataFrame:
+    """A file of --export. Raises ValueError if it is another one."""
+    frame = pd.read_csv(source)
+    for column in ("run", "global_step", "agent", "digit", "probability", "guider, deaf"):
+        if column not in frame:
+            raise ValueError(f"{source}: has no column {column}")
+    return frame
 
 
 # -------------------- The picture -----------------------------------------------------------------
@@ -165,7 +182,7 @@ def main(words: list | None = None) -> int:
     plt.switch_backend("agg")  # without a display
     try:
         if options.sources:
-            frame = pd.concat([pd.read_csv(source) for source in options.sources])
+            frame = pd.concat([read(source) for source in options.sources])
         else:
             frame = record(options)
         if options.export:

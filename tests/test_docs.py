@@ -249,9 +249,15 @@ def test_saddle(monkeypatch, capsys, tmp_path):
     frame.assign(run="another").to_csv(other)
     assert run_program("docs/saddle.py", monkeypatch, csv, other, "--out", out) == 0
     assert is_picture(out)
-    assert run_program("docs/saddle.py", monkeypatch, "--scenario", "3x10-30") == 2
-    error = capsys.readouterr().err
-    assert error == "saddle.py: error: --scenario 3x10-30: must be 3x10=10\n"
+    figure1 = ROOT / "benchmark" / "results" / "figure1.csv"
+    for bad, line in {
+        ("--scenario", "3x10-30"): "--scenario 3x10-30: must be 3x10=10",
+        ("--every", "0"): "--every 0: must be above 0",
+        ("--start-delta", "0.5"): "--start-delta 0.5: must be above 1, or 0 for none",
+        (figure1,): f"{figure1}: has no column run",
+    }.items():
+        assert run_program("docs/saddle.py", monkeypatch, *bad, "--out", out) == 2
+        assert capsys.readouterr().err == f"saddle.py: error: {line}\n"
 
 
 def test_saddle_looks_at_the_policies_of_the_script(monkeypatch):
