@@ -559,14 +559,38 @@ def replace_ended(last: jax.Array, fresh: Any, current: Any) -> Any:
     return jax.vmap(select)(last, fresh, current)
 
 
+def begin_next_step(
+    state: TrainState, env_state: Any, outcome: Outcome, pool: Any, num_ended: jax.Array
+) -> Tuple[TrainState, dict]:
+    """Starts anew where an episode ended -> state, sums over the episodes that ended.
+
+    D11: fresh starts come from a pool of B made once per rollout, because a reset inside the step
+    would be computed for every environment in every step. The k-th episode that ends is followed
+    by entry k; if more than B end, the entries are used again from the first on.
+    pool: start states and observations (B, ...); num_ended: episodes that ended earlier in the
+    rollout.
+    """
+    last = outcome.last
+    # The number of each ended episode, from 0; what the others get here is never used.
+    entry = (num_ended + jnp.cumsum(last) - 1) % last.shape[0]
+    fresh = jax.tree.map(lambda x: x[entry], pool)
+    env_state, obs = replace_ended(last, fresh, (env_state, outcome.obs))
+
+    running_return = state.running_return + jnp.mean(outcome.reward, axis=1)
+    running_length = state.running_length + 1
+    sums = {"return": jnp.sum(running_return * last), "length": jnp.sum(running_length * last)}
+    sums["number"] = jnp.sum(last)
+    state = state._replace(env_state=env_state, obs=obs)
+    state = state._replace(running_return=running_return * ~last)
+    state = state._replace(running_length=running_length * ~last)
+    return state, sums
+
+
 def collect(
     args: Args, env: TeamEnv, learner: Learner, critic: Critic, state: TrainState
 ) -> Tuple[TrainState, Transition, dict]:
     """Plays T steps in B environments -> state, rollout (T, B, ...), sums over ended episodes.
 
-    D11: fresh starts come from a pool of B made once per rollout, because a reset inside the step
-    would be computed for every environment in every step. The k-th episode that ends is followed
-    by entry k; if more than B end, the entries are used again from the first on.
     """
     key, pool_key, act_key = jax.random.split(state.key, 3)
     batch_size = state.running_length.shape[0]
@@ -582,19 +606,7 @@ def collect(
         before = (state.obs, action, log_prob, value)
         after = (outcome.reward, outcome.discount, last, outcome.obs)
         transition = Transition(*before, *after)
-
-        # The number of each ended episode, from 0; what the others get here is never used.
-        entry = (num_ended + jnp.cumsum(last) - 1) % batch_size
-        fresh = jax.tree.map(lambda x: x[entry], pool)
-        env_state, obs = replace_ended(last, fresh, (env_state, outcome.obs))
-
-        running_return = state.running_return + jnp.mean(outcome.reward, axis=1)
-        running_length = state.running_length + 1
-        sums = {"return": jnp.sum(running_return * last), "length": jnp.sum(running_length * last)}
-        sums["number"] = jnp.sum(last)
-        state = state._replace(env_state=env_state, obs=obs)
-        state = state._replace(running_return=running_return * ~last)
-        state = state._replace(running_length=running_length * ~last)
+        state, sums = begin_next_step(state, env_state, outcome, pool, num_ended)
         num_ended += jnp.sum(last, dtype=jnp.int32)
         return (state, num_ended), (transition, sums)
 
@@ -1208,6 +1220,38 @@ def start_or_resume(args: Args, init: Callable, iterate: Callable, params_key, k
     return state, sums, Progress()
 
 
+def end_interval(
+    args: Args, env: TeamEnv, play_episodes: Callable, params: Pair, eval_key: jax.Array,
+    sums: dict, progress: Progress,
+) -> dict:
+    """Evaluates -> the row of the interval that ends here; notes in progress that it has ended.
+
+    sums: of the metrics over the interval.
+    """
+    steps_per_iteration = args.num_envs * args.num_steps
+    row = {"global_step": progress.iteration * steps_per_iteration}
+    interval_start = max(progress.last_eval, 0)
+    interval = progress.iteration - interval_start
+    if interval > 0:
+        metrics = jax.tree.map(lambda x: np.asarray(x)[0], sums)
+        row |= train_row(args, metrics, interval_start, interval)
+        row["charts/SPS"] = interval * steps_per_iteration / progress.interval_seconds
+
+    start = time.time()
+    eval_keys = own_keys(args, jax.random.fold_in(eval_key, progress.iteration))
+    episodes = play_episodes(params, eval_keys)
+    episodes = jax.tree.map(lambda x: np.asarray(x)[0], episodes)  # (D, eval_episodes / D)
+    row |= eval_row(*episodes, env.has_win_rate)
+    progress.eval_seconds += time.time() - start
+    progress.train_seconds += progress.interval_seconds
+    row["time/compile_s"] = progress.compile_seconds
+    row["time/train_s"] = progress.train_seconds
+    row["time/eval_s"] = progress.eval_seconds
+    progress.last_eval = progress.iteration
+    progress.interval_seconds = 0.0
+    return row
+
+
 def train(args: Args, env: TeamEnv, devices: list, logger: Logger, stop: StopSignal) -> None:
     """Compiles, then alternates intervals of training with evaluation, logs and saves.
 
@@ -1247,34 +1291,15 @@ def train(args: Args, env: TeamEnv, devices: list, logger: Logger, stop: StopSig
         if stop.is_set():
             break
 
-        row = {"global_step": interval_end * steps_per_iteration}
-        interval_start = max(progress.last_eval, 0)
-        interval = interval_end - interval_start
-        if interval > 0:
-            metrics = jax.tree.map(lambda x: np.asarray(x)[0], sums)
-            row |= train_row(args, metrics, interval_start, interval)
-            row["charts/SPS"] = interval * steps_per_iteration / progress.interval_seconds
-
-        start = time.time()
-        eval_keys = own_keys(args, jax.random.fold_in(eval_key, interval_end))
-        episodes = play_episodes(state.params, eval_keys)
-        episodes = jax.tree.map(lambda x: np.asarray(x)[0], episodes)  # (D, eval_episodes / D)
-        row |= eval_row(*episodes, env.has_win_rate)
-        progress.eval_seconds += time.time() - start
-        progress.train_seconds += progress.interval_seconds
-        row["time/compile_s"] = progress.compile_seconds
-        row["time/train_s"] = progress.train_seconds
-        row["time/eval_s"] = progress.eval_seconds
+        row = end_interval(args, env, play_episodes, state.params, eval_key, sums, progress)
         progress.metrics_bytes += logger.log(row)
-
-        progress.last_eval = interval_end
-        progress.interval_seconds = 0.0
         sums = jax.tree.map(np.zeros_like, sums)
+        is_best = row["eval/learner_return"] >= progress.best_return  # of equals the later one
+        if is_best:
+            progress.best_return = float(row["eval/learner_return"])
         if args.save and logger.is_main:
             save_networks(logger.folder, "", state.params)
-        if row["eval/learner_return"] >= progress.best_return:  # of equals the later one
-            progress.best_return = float(row["eval/learner_return"])
-            if args.save and logger.is_main:
+            if is_best:
                 save_networks(logger.folder, "best_", state.params)
         if args.save:
             save_checkpoint(logger.folder, (state, sums), progress)

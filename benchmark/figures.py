@@ -20,12 +20,14 @@ from run import read_lines
 FOLDER = os.path.dirname(os.path.abspath(__file__))
 sys.path.append(os.path.join(os.path.dirname(FOLDER), "docs"))
 
+import backtracking  # noqa: E402
 import heatmap  # noqa: E402
 import saddle  # noqa: E402
 
 PROGRAMS = {
     "benchmark/plot.py": plot.main,
     "benchmark/aggregate.py": aggregate.main,
+    "docs/backtracking.py": backtracking.main,
     "docs/heatmap.py": heatmap.main,
     "docs/saddle.py": saddle.main,
 }

@@ -1,11 +1,12 @@
 """How the guider is brought back in practice: four curves of a finished run as one picture.
 
     python docs/backtracking.py RUN_FOLDER
-    python docs/backtracking.py RUN_FOLDER --out other.png
+    python docs/backtracking.py RUN_FOLDER --export benchmark/results/backtracking.csv
+    python docs/backtracking.py benchmark/results/backtracking.csv
 
-The curves come from the run's metrics.jsonl: the returns of guider and learner, the gap between
-them, the share of samples outside of the tether, and the two KL losses, means over all samples: the
-learner's, and the guider's, which is masked.
+The curves come from the run's metrics.jsonl, or from what --export wrote of it: the returns of
+guider and learner, the gap between them, the share of samples outside of the tether, and the two KL
+losses, means over all samples: the learner's, and the guider's, which is masked.
 """
 import dataclasses
 import json
@@ -27,11 +28,15 @@ PANELS = {
         "losses/guider_kl": "masked: 0 inside of the tether",
     },
 }
+FLAGS = ["env_id", "scenario", "guider", "delta", "learner_rl_coef", "seed"]
+METRICS = [name for curves in PANELS.values() for name in curves]
+COLUMNS = [*FLAGS, "global_step", *METRICS]
 
 
 @dataclasses.dataclass
 class Options:
-    folder: tyro.conf.Positional[str]  # of a run of magpo_ff.py or magpo_rec.py
+    source: tyro.conf.Positional[str]  # folder of a run of MAGPO, or CSV file of --export
+    export: str = ""  # CSV file to write
     out: str = "docs/backtracking.png"  # PNG to write
 
 
@@ -39,10 +44,10 @@ class InputError(ValueError):
     """What was asked for cannot be shown; its text is the one line that the user sees."""
 
 
-def read(folder: str) -> tuple[dict, pd.DataFrame]:
-    """A run's arguments, and the rows of its metrics.jsonl.
+def read_run(folder: str) -> pd.DataFrame:
+    """The rows of a run's metrics.jsonl, with the run's flags beside them.
 
-    Raises InputError if it is no run of MAGPO, or has not been evaluated after some training.
+    Raises InputError if it is no run's folder.
     """
     try:
         with open(os.path.join(folder, "args.json")) as file:
@@ -50,13 +55,29 @@ def read(folder: str) -> tuple[dict, pd.DataFrame]:
         frame = pd.read_json(os.path.join(folder, "metrics.jsonl"), lines=True)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{folder}: is no run's folder: {error}") from error
-    for name in [name for curves in PANELS.values() for name in curves]:
-        if name not in frame:
-            raise InputError(f"{folder}: its metrics have no {name}")
-    return args, frame
+    return frame.assign(**{name: args[name] for name in FLAGS if name in args})
 
 
-def draw(args: dict, frame: pd.DataFrame) -> plt.Figure:
+def read(source: str) -> pd.DataFrame:
+    """The columns of COLUMNS, a row for each evaluation.
+
+    Raises InputError if it is no run of MAGPO, or has not been evaluated after some training, and
+    OSError if there is no such file.
+    """
+    if not source.endswith(".csv"):
+        frame = read_run(source)
+    else:
+        try:
+            frame = pd.read_csv(source, dtype={"scenario": str})
+        except ValueError as error:  # of pandas
+            raise InputError(f"{source}: {error}") from error
+    missing = [name for name in COLUMNS if name not in frame]
+    if missing:
+        raise InputError(f"{source}: there is no {', '.join(missing)}")
+    return frame[COLUMNS].fillna({"scenario": ""})
+
+
+def draw(frame: pd.DataFrame) -> plt.Figure:
     sns.set_theme(style="ticks", font_scale=1.1, rc={"axes.grid": True, "grid.alpha": 0.3})
     fig, axes = plt.subplots(2, 2, figsize=(12, 7), sharex=True, layout="constrained")
     for ax, (title, curves) in zip(axes.flat, PANELS.items()):
@@ -73,18 +94,21 @@ def draw(args: dict, frame: pd.DataFrame) -> plt.Figure:
     kl.set_yscale("log")
     for ax in axes[1]:
         ax.set_xlabel("environment steps")
-    task = f"{args['env_id']} {args['scenario']}".strip()
-    fig.suptitle(f"{task}, {args['guider']} guider, delta {args['delta']:g}, "
-                 f"lambda {args['learner_rl_coef']:g}, seed {args['seed']}")
+    run = frame.iloc[0]
+    task = f"{run['env_id']} {run['scenario']}".strip()
+    fig.suptitle(f"{task}, {run['guider']} guider, delta {run['delta']:g}, "
+                 f"lambda {run['learner_rl_coef']:g}, seed {run['seed']}")
     return fig
 
 
-def main() -> int:
-    options = tyro.cli(Options, description=__doc__)
+def main(words: list | None = None) -> int:
+    options = tyro.cli(Options, args=words, description=__doc__)
     plt.switch_backend("agg")  # without a display
     try:
-        args, frame = read(options.folder)
-        draw(args, frame).savefig(options.out, dpi=110)
+        frame = read(options.source)
+        if options.export:
+            frame.to_csv(options.export, index=False, float_format="%.6g")
+        draw(frame).savefig(options.out, dpi=110)
     except (OSError, InputError) as error:
         print(f"backtracking.py: error: {error}", file=sys.stderr)
         return 2

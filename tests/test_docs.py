@@ -404,10 +404,15 @@ def test_backtracking(changed_run, monkeypatch, capsys, tmp_path):
     (flags,) = commands_of("docs/backtracking.py")
     assert flags == ["runs/RUN_FOLDER"]
     more = ["--out", tmp_path / "x.png"]
-    assert run_program("docs/backtracking.py", monkeypatch, changed_run, *more) == 0
+    export = ["--export", tmp_path / "x.csv"]
+    assert run_program("docs/backtracking.py", monkeypatch, changed_run, *more, *export) == 0
     assert is_picture(tmp_path / "x.png")
     out = capsys.readouterr().out
     assert re.search(r"at the end: outside of the tether \d+\.\d%, KL \S+, gap -?\d+\.\d\d\n", out)
+    first = (tmp_path / "x.png").read_bytes()
+    assert run_program("docs/backtracking.py", monkeypatch, tmp_path / "x.csv", *more) == 0
+    assert (tmp_path / "x.png").read_bytes() == first
+    assert capsys.readouterr().out == out
     assert run_program("docs/backtracking.py", monkeypatch, tmp_path, *more) == 2
     error = capsys.readouterr().err
     assert error.startswith("backtracking.py: error: ") and error.count("\n") == 1
