@@ -1,5 +1,5 @@
 """Writes benchmark/tasks.md: the paper's 43 tasks, what others have published on them, and what
-magpo_rec.py reached here, from the runs of suites.txt and paper.txt in benchmark/results.
+magpo_rec.py reached here with its tuned hyperparameters, from the runs in benchmark/results.
 
     python benchmark/tasks_table.py
 """
@@ -15,15 +15,17 @@ sys.path.insert(0, os.path.dirname(FOLDER))
 import tasks  # noqa: E402
 
 SYSTEMS = ["Sable", "MAT", "MAPPO", "IPPO"]
+RESULTS = ["suites", "rware_rec", "coordsum_rec", "paper"]
 LAST = 3  # evaluations whose mean is a run's final result
 HEAD = """\
 # The paper's 43 tasks
 
-Written by `python benchmark/tasks_table.py` from `benchmark/sable_table.csv`, and `suites.csv` and
-`paper.csv` in `benchmark/results`. The published columns are the absolute metric after 20M steps of
-the Sable paper (arXiv 2410.01706); the MAGPO paper gives no numbers for single tasks. *Here* is the
-learner of `magpo_rec.py` with its tuned hyperparameters: the mean of the last three evaluations of
-32 episodes of each seed, after so many steps. For Connector both are the share of boards on which
+Written by `python benchmark/tasks_table.py` from `benchmark/sable_table.csv`, and from
+`suites.csv`, `rware_rec.csv`, `coordsum_rec.csv` and `paper.csv` in `benchmark/results`. The
+published columns are the absolute metric after 20M steps of the Sable paper (arXiv 2410.01706); the
+MAGPO paper gives no numbers for single tasks. *Here* is the learner of `magpo_rec.py` with its
+tuned hyperparameters: the mean of the last three evaluations of 32 episodes of each seed, after so
+many steps. For Connector both are the share of boards on which
 all are connected, for the others returns.
 
 """
@@ -51,7 +53,7 @@ def write_table() -> str:
     """The text of tasks.md."""
     published = pd.read_csv(os.path.join(FOLDER, "sable_table.csv"), comment="#")
     published = published.pivot(index="task", columns="system", values="value")
-    files = [os.path.join(FOLDER, "results", f"{name}.csv") for name in ("suites", "paper")]
+    files = [os.path.join(FOLDER, "results", f"{name}.csv") for name in RESULTS]
     runs = pd.concat([pd.read_csv(file) for file in files if os.path.exists(file)])
     runs = runs[runs["exp_name"] == "magpo"]
     heads = ["environment", "task", *SYSTEMS, "MAGPO, here"]

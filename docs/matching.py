@@ -23,6 +23,8 @@ import test_ctds  # noqa: E402
 import ctds_ff  # noqa: E402
 import magpo_ff  # noqa: E402
 
+NUM_SEEDS = 10
+
 
 @dataclasses.dataclass
 class Options:
@@ -38,11 +40,11 @@ def show(name: str, guider: np.ndarray, learner: np.ndarray) -> None:
 
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
-    print(f"{'':18}{'guider':>8}{'learner':>9}   learner, {test_ctds.NUM_SEEDS} seeds")
-    show("CTDS", *test_ctds.matching(ctds_ff))
+    print(f"{'':18}{'guider':>8}{'learner':>9}   learner, {NUM_SEEDS} seeds")
+    show("CTDS", *test_ctds.matching(ctds_ff, NUM_SEEDS))
     for delta in options.deltas:
         flags = {"delta": delta, "learner_rl_coef": options.learner_rl_coef}
-        show(f"MAGPO, delta {delta:g}", *test_ctds.matching(magpo_ff, **flags))
+        show(f"MAGPO, delta {delta:g}", *test_ctds.matching(magpo_ff, NUM_SEEDS, **flags))
 
 
 if __name__ == "__main__":

@@ -85,11 +85,11 @@ def success(policy_probs):
     return first * (1 - second) + second * (1 - first)
 
 
-def matching(script, **flags):
+def matching(script, num_seeds=NUM_SEEDS, **flags):
     """-> success of the guider and of the learner in the matching game, each (seeds,)."""
     env = MatchingGame()
     _, state, guider, learner = train(
-        script, env, NUM_ITERATIONS, range(NUM_SEEDS), num_envs=16, num_steps=10,
+        script, env, NUM_ITERATIONS, range(num_seeds), num_envs=16, num_steps=10,
         learning_rate=3e-3, num_minibatches=1, guider="mat", ent_coef=ENT_COEF, norm_adv=False,
         **flags,
     )
