@@ -134,10 +134,7 @@ def check_args(args: Args) -> None:
 
 
 def start_jax(args: Args) -> None:
-    """Sets JAX up before its first use: processes, CPU devices.
-
-    Raises FlagError if the processes do not find each other.
-    """
+    """Sets JAX up before its first use; FlagError if processes do not find each other."""
     num_processes = 1
     if args.distributed:
         jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM away
@@ -216,7 +213,7 @@ def is_continuous(action_spec: Any) -> bool:
     if not hasattr(action_spec, "maximum") or len(action_spec.shape) != 2:
         return False
     is_float = jnp.issubdtype(action_spec.dtype, jnp.floating)
-    bounds = np.stack([action_spec.minimum, action_spec.maximum])
+    bounds = np.broadcast_arrays(action_spec.minimum, action_spec.maximum)
     return is_float and bool(np.all(np.isfinite(bounds)))
 
 
@@ -252,12 +249,9 @@ class TeamEnv:
 
     def observe(self, observation: Any) -> Observation:
         view = rearrange(observation.agents_view, "n ... -> n (...)").astype(jnp.float32)
-        agent_id = jnp.eye(self.num_agents)
-        if self.continuous:
-            action_mask = jnp.ones((self.num_agents, self.num_actions), bool)
-        else:
-            action_mask = observation.action_mask
-        return Observation(jnp.concatenate([agent_id, view], axis=-1), action_mask)
+        view = jnp.concatenate([jnp.eye(self.num_agents), view], axis=-1)
+        everything = jnp.ones((self.num_agents, self.num_actions), bool)
+        return Observation(view, everything if self.continuous else observation.action_mask)
 
     def reset(self, key: jax.Array) -> Tuple[Any, Observation]:
         state, timestep = self.env.reset(key)
@@ -725,12 +719,10 @@ def guider_act(guider: Guider, params: Any, obs: Observation, key: jax.Array, gr
 
     nobody = jnp.zeros((batch_size, 1 + guider.num_actions)).at[:, 0].set(1.0)
     hidden = guider.apply(params, batch_size, method="init_hidden")
-    by_agent = (
-        jnp.arange(num_agents),
-        jax.random.split(key, num_agents),
-        rearrange(obs_tokens, "(b n) e -> n b e", n=num_agents),
-        rearrange(obs.action_mask, "b n a -> n b a"),
-    )
+    keys = jax.random.split(key, num_agents)
+    tokens = rearrange(obs_tokens, "(b n) e -> n b e", n=num_agents)
+    action_mask = rearrange(obs.action_mask, "b n a -> n b a")
+    by_agent = (jnp.arange(num_agents), keys, tokens, action_mask)
     _, (action, log_prob) = jax.lax.scan(decide, (nobody, hidden), by_agent)
     action = rearrange(action, "n b ... -> b n ...")
     return action, rearrange(log_prob, "n b -> b n"), value
@@ -842,13 +834,6 @@ def normalise(x: jax.Array) -> jax.Array:
 
 
 # -------------------- One iteration ---------------------------------------------------------------
-def replace_ended(last: jax.Array, fresh: Any, current: Any) -> Any:
-    """The fresh start where an episode ended, elsewhere what is: last (B,), trees (B, ...)."""
-
-    def select(ended, new, old):
-        return jax.tree.map(lambda x, y: jnp.where(ended, x, y), new, old)
-
-    return jax.vmap(select)(last, fresh, current)
 
 
 def begin_next_step(
@@ -865,8 +850,11 @@ def begin_next_step(
     last = outcome.last
     # The number of each ended episode, from 0; what the others get here is never used.
     entry = (num_ended + jnp.cumsum(last) - 1) % last.shape[0]
-    fresh = jax.tree.map(lambda x: x[entry], pool)
-    env_state, obs = replace_ended(last, fresh, (env_state, outcome.obs))
+
+    def replace_ended(fresh, current):
+        return jax.vmap(jnp.where)(last, fresh[entry], current)
+
+    env_state, obs = jax.tree.map(replace_ended, pool, (env_state, outcome.obs))
 
     running_return = state.running_return + jnp.mean(outcome.reward, axis=1)
     running_length = state.running_length + 1
@@ -933,8 +921,7 @@ def minibatch_loss(params: Pair, args: Args, guider: Guider, learner: Learner, m
     loss = guider_policy_loss - args.ent_coef * guider_entropy + args.vf_coef * critic_loss
 
     # STEP 3/3: the learner follows
-    fixed_logits = jax.lax.stop_gradient(guider_logits)
-    fixed_guider_policy = action_distribution(fixed_logits, mb.obs.action_mask)
+    fixed_guider_policy = jax.lax.stop_gradient(guider_policy)
     learner_kl = learner_loss(fixed_guider_policy, learner_policy)
     loss += learner_kl
 
@@ -1043,7 +1030,8 @@ def play(env: TeamEnv, act: Callable, num_episodes: int, key: jax.Array) -> Epis
         key, act_key = jax.random.split(key)
         env_state, outcome = jax.vmap(env.step)(env_state, act(obs, act_key))
         running = 1.0 - episodes.ended
-        returns = episodes.returns + running * jnp.mean(outcome.reward, axis=1)
+        reward = jnp.mean(outcome.reward, axis=1)  # may be NaN once the episode has ended
+        returns = episodes.returns + jnp.where(episodes.ended, 0.0, reward)
         length = episodes.length + running
         won = episodes.won + running * outcome.won
         ended = jnp.maximum(episodes.ended, outcome.last)
@@ -1116,10 +1104,8 @@ def init_state(
     no_action = env.no_action[None]
     guider_params = guider.init(guider_key, first_view, no_action)
     learner_params = learner.init(learner_key, first_view)
-    guider_opt = optimizers.guider.init(guider_params)
-    learner_opt = optimizers.learner.init(learner_params)
     params = Pair(guider_params, learner_params)
-    opt_state = Pair(guider_opt, learner_opt)
+    opt_state = Pair(optimizers.guider.init(guider_params), optimizers.learner.init(learner_params))
     zeros = jnp.zeros(batch_size)
     return TrainState(params, opt_state, env_state, obs, zeros, zeros, key)
 
@@ -1150,7 +1136,7 @@ class Progress:
 
 
 class StopSignal:
-    """Notes Ctrl-C or SIGTERM, so that training ends in good order; the next one ends at once."""
+    """Notes Ctrl-C or SIGTERM, so that training ends in good order; a second one ends it."""
 
     def __init__(self):
         self.number = 0
@@ -1164,9 +1150,12 @@ class StopSignal:
 
     def is_set(self) -> bool:
         """Whether any process was told to stop; on several hosts all must ask at the same time."""
+        number = self.number
         if jax.process_count() > 1:
-            self.number = int(np.max(multihost_utils.process_allgather(np.array(self.number))))
-        return self.number != 0
+            number = int(np.max(multihost_utils.process_allgather(np.array(number))))
+        if number != 0:
+            self.number = number  # never back to 0: a signal may have come in meanwhile
+        return number != 0
 
 
 def write_whole(path: str, data: bytes) -> None:
@@ -1259,8 +1248,7 @@ def parse_args() -> Args:
     try:
         with open(os.path.join(args.resume, "args.json")) as file:
             about = json.load(file)
-        script = about["script"]
-        saved = about["args"]
+        script, saved = about["script"], about["args"]
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise FlagError(f"--resume {args.resume}: is no run's folder: {error}") from error
     if script != os.path.basename(__file__):
@@ -1272,19 +1260,18 @@ def parse_args() -> Args:
     args = tyro.cli(Args, default=of_the_run)
     for name, value in dataclasses.asdict(of_the_run).items():
         if name not in MAY_CHANGE and getattr(args, name) != value:
-            flag = f"--{name.replace('_', '-')}"
-            allowed = ", ".join(name.replace("_", "-") for name in MAY_CHANGE)
+            allowed = ", ".join(MAY_CHANGE).replace("_", "-")
             rule = f"the run has {value}, and only these may change: {allowed}"
-            raise FlagError(f"{flag} {getattr(args, name)}: {rule}")
+            raise FlagError(f"--{name.replace('_', '-')} {getattr(args, name)}: {rule}")
     return args
 
 
 # -------------------- Logging ---------------------------------------------------------------------
-def train_row(args: Args, metrics: dict, iteration: int, interval: int) -> dict:
-    """Metrics summed over `interval` iterations that began after `iteration` -> values to log.
+def check_finite(args: Args, metrics: dict, iteration: int, interval: int) -> None:
+    """Raises RunError, with the term and the iteration, on a loss that was not finite.
 
-    Raises RunError, with the term and the iteration, on a loss that is not finite. Such
-    a loss is taken to stay so, which dates it by the number of updates before.
+    Such a loss is taken to stay so, which dates it by the number of updates before. The metrics are
+    those of `train_row`.
     """
     num_updates = args.update_epochs * args.num_minibatches
     num_finite = metrics["num_finite"]
@@ -1292,6 +1279,10 @@ def train_row(args: Args, metrics: dict, iteration: int, interval: int) -> dict:
     if num_finite[worst] < interval * num_updates:
         failed = iteration + int(num_finite[worst]) // num_updates + 1
         raise RunError(f"losses/{worst} is not finite in iteration {failed}")
+
+
+def train_row(args: Args, metrics: dict, iteration: int, interval: int) -> dict:
+    """Metrics summed over `interval` iterations that began after `iteration` -> values to log."""
     row = {f"losses/{name}": total / interval for name, total in metrics["losses"].items()}
     row["charts/learning_rate"] = learning_rate(args, iteration + interval - 1)
     episodes = metrics["episodes"]
@@ -1303,10 +1294,7 @@ def train_row(args: Args, metrics: dict, iteration: int, interval: int) -> dict:
 
 
 def eval_row(learner_episodes: Episodes, guider_episodes: Episodes, has_win_rate: bool) -> dict:
-    """The evaluation's episodes -> values to log.
-
-    Raises RunError if an episode has not ended.
-    """
+    """The evaluation's episodes -> values to log; RunError if one of them has not ended."""
     ended = np.concatenate([learner_episodes.ended, guider_episodes.ended], axis=None)
     if not np.all(ended):
         endless = f"{np.sum(ended == 0)} of {ended.size} episodes have not ended"
@@ -1358,7 +1346,11 @@ class Logger:
             self.folder = os.path.normpath(args.resume)
         else:
             self.folder = os.path.join(args.run_dir, self.new_name())
-            self.make_folder()
+            try:
+                os.makedirs(self.folder, exist_ok=jax.process_count() > 1)
+            except OSError as error:
+                reason = f"cannot make {self.folder}: {error.strerror}"
+                raise FlagError(f"--run-dir {args.run_dir}: {reason}") from error
         self.metrics_file = os.path.join(self.folder, "metrics.jsonl")
         quiet = not (self.is_main and sys.stderr.isatty())
         self.bar = tqdm(total=args.total_timesteps, unit="step", unit_scale=True, disable=quiet)
@@ -1374,13 +1366,6 @@ class Logger:
         if jax.process_count() > 1:
             now = int(multihost_utils.broadcast_one_to_all(np.array(now)))
         return f"{env_id}__{scenario}__{self.args.exp_name}__{self.args.seed}__{now}"
-
-    def make_folder(self) -> None:
-        try:
-            os.makedirs(self.folder, exist_ok=jax.process_count() > 1)
-        except OSError as error:
-            reason = f"cannot make {self.folder}: {error.strerror}"
-            raise FlagError(f"--run-dir {self.args.run_dir}: {reason}") from error
 
     def open(self, wandb_id: Optional[str]) -> None:
         """Writes args.json, and begins tracking or goes on with it."""
@@ -1415,11 +1400,10 @@ class Logger:
             with open(self.metrics_file, "rb+") as file:
                 text = file.read(progress.metrics_bytes)
                 if len(text) < progress.metrics_bytes:
-                    missing = progress.metrics_bytes - len(text)
-                    raise FlagError(f"--resume: {self.metrics_file} lacks {missing} bytes")
+                    raise ValueError(f"it lacks {progress.metrics_bytes - len(text)} bytes")
                 self.rows = [json.loads(line) for line in text.splitlines()]
                 file.truncate()
-        except (OSError, json.JSONDecodeError) as error:
+        except (OSError, ValueError) as error:
             raise FlagError(f"--resume: cannot use {self.metrics_file}: {error}") from error
         self.open(wandb_id)
 
@@ -1486,7 +1470,7 @@ class Logger:
 
 # -------------------- Training --------------------------------------------------------------------
 def compile_ahead(function: Callable, *inputs: Any, options: Optional[dict] = None) -> Callable:
-    """Compiles a pmapped function; on several hosts that has to wait for its first call."""
+    """Compiles a pmapped function; with several processes its first call does, on its clock."""
     if jax.process_count() > 1:
         return function
     return function.lower(*inputs).compile(options)
@@ -1534,16 +1518,14 @@ def end_interval(
     args: Args, env: TeamEnv, play_episodes: Callable, params: Pair, eval_key: jax.Array,
     sums: dict, progress: Progress,
 ) -> dict:
-    """Evaluates -> the row of the interval that ends here; notes in progress that it has ended.
-
-    sums: of the metrics over the interval.
-    """
+    """Evaluates -> the row of the interval that ends here; notes in progress that it has ended."""
     steps_per_iteration = args.num_envs * args.num_steps
     row = {"global_step": progress.iteration * steps_per_iteration}
     interval_start = max(progress.last_eval, 0)
     interval = progress.iteration - interval_start
     if interval > 0:
         metrics = jax.tree.map(lambda x: np.asarray(x)[0], sums)
+        check_finite(args, metrics, interval_start, interval)
         row |= train_row(args, metrics, interval_start, interval)
         row["charts/SPS"] = interval * steps_per_iteration / progress.interval_seconds
 
@@ -1614,7 +1596,10 @@ def train(args: Args, env: TeamEnv, devices: list, logger: Logger, stop: StopSig
         if args.save:
             save_checkpoint(logger.folder, (state, sums), progress)
 
-    if args.save and stop.number:
+    if args.save and stop.is_set():  # all processes ask: one alone would wait for the others
+        metrics = jax.tree.map(lambda x: np.asarray(x)[0], sums)
+        interval_start = max(progress.last_eval, 0)
+        check_finite(args, metrics, interval_start, progress.iteration - interval_start)
         save_checkpoint(logger.folder, (state, sums), progress)
 
 
@@ -1645,16 +1630,12 @@ def main() -> int:
         finally:
             logger.close()
         if stop.number:
-            folder = logger.folder
-            how = f"--resume {folder} goes on" if args.save else "nothing was saved"
+            how = f"--resume {logger.folder} goes on" if args.save else "nothing was saved"
             print(f"{script}: interrupted, {how}", file=sys.stderr)
             status = 128 + stop.number
-    except FlagError as error:
+    except (FlagError, RunError) as error:
         print(f"{script}: error: {error}", file=sys.stderr)
-        status = 2
-    except RunError as error:
-        print(f"{script}: error: {error}", file=sys.stderr)
-        status = 1
+        status = 2 if isinstance(error, FlagError) else 1
     except jax.errors.JaxRuntimeError as error:
         if jax.process_count() == 1:
             raise

@@ -245,6 +245,7 @@ class RowLogger:
 
     def __init__(self):
         self.rows, self.error = [], None
+        self.saved = []
         self.log = lambda row: self.rows.append(row) or 0
         self.is_main, self.folder = True, ""
         self.total, self.updates = None, []
@@ -256,13 +257,16 @@ class RowLogger:
         self.updates.append((num_steps, global_step, float(episodes["number"][0]), speed))
 
 
-def train_with_stand_ins(script, clock, has_win_rate=False, finite_until=1000, **flags):
+def train_with_stand_ins(
+    script, clock, has_win_rate=False, finite_until=1000, stop_after=None, **flags
+):
     """Runs `train` with functions that cost nothing in place of those it calls -> RowLogger.
 
     The "parameters" are the keys that the start got and the number of iterations so far. Iteration
     i has a value loss of i * i, is finite if i <= finite_until, and ends i episodes with a return
     of 10 i and a length of 20 i in total. Rows hold the parameters and the key that the evaluation
-    got, with the devices first.
+    got, with the devices first. With stop_after the run is told to stop after so many iterations,
+    and saves: logger.saved lists the iterations at which it would write a checkpoint.
     """
 
     def init_state(args, env, guider, learner, optimizers, params_key, key):
@@ -294,16 +298,25 @@ def train_with_stand_ins(script, clock, has_win_rate=False, finite_until=1000, *
 
     sizes = {"num_envs": 4, "num_steps": 8, "eval_episodes": 4}
     updates = {"update_epochs": 2, "num_minibatches": 2}
-    args = script.Args(**sizes, **updates, **flags, save=False)
-    stop = types.SimpleNamespace(number=0, is_set=lambda: False)
+    args = script.Args(**sizes, **updates, **flags, save=stop_after is not None)
     env = types.SimpleNamespace(
         num_agents=2, num_actions=3, continuous=False, has_win_rate=has_win_rate
     )
     logger = RowLogger()
+
+    def is_set():
+        return stop_after is not None and len(logger.updates) >= stop_after
+
+    def save_checkpoint(folder, tree, progress):
+        logger.saved.append(progress.iteration)
+
+    stop = types.SimpleNamespace(is_set=is_set)
     with pytest.MonkeyPatch.context() as patch:
         for stand_in in (init_state, train_iteration, evaluate, eval_row):
             patch.setattr(script, stand_in.__name__, stand_in)
         patch.setattr(script, "time", clock)
+        patch.setattr(script, "save_networks", lambda folder, prefix, params: None)
+        patch.setattr(script, "save_checkpoint", save_checkpoint)
         try:
             script.train(args, env, jax.local_devices()[: args.num_devices], logger, stop)
         except script.RunError as error:

@@ -240,7 +240,13 @@ class Unbounded(Steer):
     minimum, maximum = [1.0, -np.inf, 0.0], [5.0, np.inf, 1.0]
 
 
-for name in ("Steer", "Unbounded"):
+class OneLowest(Steer):
+    """Jumanji keeps bounds of different shapes as they are."""
+
+    minimum, maximum = 0.0, np.full((2, 3), 2.0)
+
+
+for name in ("Steer", "Unbounded", "OneLowest"):
     jumanji.register(id=f"{name}-v0", entry_point=f"{__name__}:{name}")
 
 
@@ -254,6 +260,12 @@ def test_actions_reach_the_bounds():
     np.testing.assert_allclose(middle.obs.agents_view[:, 2:], [[3, 0, 0.5]] * 2)
     np.testing.assert_allclose(ends.obs.agents_view[:, 2:], [[1, -4, 0], [5, 4, 1]])
     assert obs.action_mask.shape == (2, 3) and np.all(obs.action_mask)
+
+
+def test_bounds_may_differ_in_shape():
+    """A number for all components on one side, an array on the other."""
+    env = script.make_env("OneLowest-v0", "")
+    np.testing.assert_allclose(env.bounded(jnp.zeros((2, 3))), np.ones((2, 3)))
 
 
 def test_own_rewards_are_not_summed():

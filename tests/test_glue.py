@@ -149,6 +149,38 @@ def test_a_loss_that_is_not_finite_ends_the_run(script):
     assert [row["global_step"] for row in logger.rows] == [0, 3 * STAND_IN_STEPS]
 
 
+@pytest.mark.parametrize("script", TRAIN)
+def test_a_stop_saves(script):
+    """In mid-interval, here after the fourth iteration; so do all evaluations before."""
+    logger = train_with_stand_ins(script, Clock(), stop_after=4, **LOOP_FLAGS)
+    assert logger.error is None
+    assert logger.saved == [0, 3, 4]
+
+
+@pytest.mark.parametrize("script", TRAIN)
+def test_a_stop_after_a_loss_that_is_not_finite_keeps_the_last_checkpoint(script):
+    """It ends as an evaluation would have done, and saves nothing over what is good."""
+    logger = train_with_stand_ins(script, Clock(), finite_until=3, stop_after=4, **LOOP_FLAGS)
+    assert "losses/value_loss is not finite in iteration 4" in str(logger.error)
+    assert logger.saved == [0, 3]
+
+
+@pytest.mark.parametrize("script", scripts_with("StopSignal"))
+def test_a_signal_while_processes_agree_is_not_lost(script, monkeypatch):
+    """It comes while this process waits for the others, of which none has been told to stop."""
+    monkeypatch.setattr(script.signal, "signal", lambda number, handler: None)
+    stop = script.StopSignal()
+
+    def gather(number):
+        stop.note(15, None)
+        return np.array([number, 0])
+
+    monkeypatch.setattr(script.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(script.multihost_utils, "process_allgather", gather)
+    assert not stop.is_set()  # as the others see it
+    assert stop.is_set() and stop.number == 15
+
+
 @pytest.mark.parametrize("has_win_rate", [False, True])
 @pytest.mark.parametrize("script", TRAIN)
 def test_environment_says_if_there_is_a_win_rate(script, has_win_rate):
@@ -530,6 +562,42 @@ def test_evaluation(script):
     same_learner, other_guider = evaluate(others, key)
     np.testing.assert_array_equal(same_learner[0], learner_return)
     assert not np.array_equal(other_guider[0], guider_return)
+
+
+class NotANumberAfterTheEnd:
+    """Episodes of one to five steps, a reward of 1 in each; after the last step it is NaN."""
+
+    def __init__(self, script):
+        self.script = script
+
+    def observe(self):
+        return self.script.Observation(jnp.zeros((2, 1)), jnp.ones((2, 1), bool))
+
+    def reset(self, key):
+        return jax.random.randint(key, (), 1, 6), self.observe()
+
+    def step(self, steps_left, action):
+        del action
+        steps_left -= 1
+        reward = jnp.where(steps_left >= 0, jnp.ones(2), jnp.nan)
+        last = steps_left <= 0
+        outcome = self.script.Outcome(self.observe(), reward, 1.0, last, jnp.zeros((), bool))
+        return steps_left, outcome
+
+
+@pytest.mark.parametrize("script", EVALUATE)
+def test_rewards_after_the_end_do_not_count(script):
+    """Nor if they are no numbers, as where a physics engine goes on with a crashed robot."""
+    memory = (jnp.zeros(()),) if has_memory(script) else ()
+
+    def act(obs, *memory_and_key):
+        action = jnp.zeros((16, 2), jnp.int32)
+        return (action, memory_and_key[1]) if memory else action
+
+    env = NotANumberAfterTheEnd(script)
+    episodes = script.play(env, act, *memory, 16, jax.random.PRNGKey(0))
+    np.testing.assert_array_equal(episodes.returns, episodes.length)
+    assert set(np.asarray(episodes.length)) > {1, 5}
 
 
 @pytest.mark.parametrize("script", scripts_with("evaluate", "play", "Hidden"))

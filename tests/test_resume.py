@@ -257,7 +257,9 @@ DAMAGES = {  # what is done to a run's folder -> what the line says
     "newer checkpoint": (write_newer_checkpoint, "newer version"),
     "metrics lost": (lambda folder: (folder / "metrics.jsonl").unlink(), "metrics.jsonl"),
     "metrics cut": (
-        lambda folder: (folder / "metrics.jsonl").write_text("{}\n"), "metrics.jsonl lacks"),
+        lambda folder: (folder / "metrics.jsonl").write_text("{}\n"), "metrics.jsonl: it lacks"),
+    "metrics are no text": (
+        lambda folder: (folder / "metrics.jsonl").write_bytes(b"\xff" * 100_000), "metrics.jsonl"),
 }
 
 
