@@ -1007,7 +1007,7 @@ class Progress:
 
 
 class StopSignal:
-    """Notes Ctrl-C or SIGTERM, so that training ends in good order; a second one ends it."""
+    """Notes Ctrl-C or SIGTERM, so that training ends in good order; the same again kills it."""
 
     def __init__(self):
         self.number = 0
@@ -1138,17 +1138,18 @@ def parse_args() -> Args:
 
 
 # -------------------- Logging ---------------------------------------------------------------------
-def check_finite(args: Args, metrics: dict, iteration: int, interval: int) -> None:
+def check_finite(args: Args, sums: dict, progress: Progress) -> None:
     """Raises RunError, with the term and the iteration, on a loss that was not finite.
 
-    Such a loss is taken to stay so, which dates it by the number of updates before. The metrics are
-    those of `train_row`.
+    sums: of metrics (D, ...) since the last evaluation. Such a loss is taken to stay so, which
+    dates it by the number of updates before.
     """
     num_updates = args.update_epochs * args.num_minibatches
-    num_finite = metrics["num_finite"]
+    start = max(progress.last_eval, 0)
+    num_finite = {name: int(np.asarray(x)[0]) for name, x in sums["num_finite"].items()}
     worst = min(num_finite, key=num_finite.get)
-    if num_finite[worst] < interval * num_updates:
-        failed = iteration + int(num_finite[worst]) // num_updates + 1
+    if num_finite[worst] < (progress.iteration - start) * num_updates:
+        failed = start + num_finite[worst] // num_updates + 1
         raise RunError(f"losses/{worst} is not finite in iteration {failed}")
 
 
@@ -1385,13 +1386,13 @@ def end_interval(
     sums: dict, progress: Progress,
 ) -> dict:
     """Evaluates -> the row of the interval that ends here; notes in progress that it has ended."""
+    check_finite(args, sums, progress)
     steps_per_iteration = args.num_envs * args.num_steps
     row = {"global_step": progress.iteration * steps_per_iteration}
     interval_start = max(progress.last_eval, 0)
     interval = progress.iteration - interval_start
     if interval > 0:
         metrics = jax.tree.map(lambda x: np.asarray(x)[0], sums)
-        check_finite(args, metrics, interval_start, interval)
         row |= train_row(args, metrics, interval_start, interval)
         row["charts/SPS"] = interval * steps_per_iteration / progress.interval_seconds
 
@@ -1463,9 +1464,7 @@ def train(args: Args, env: TeamEnv, devices: list, logger: Logger, stop: StopSig
             save_checkpoint(logger.folder, (state, sums), progress)
 
     if args.save and stop.is_set():  # all processes ask: one alone would wait for the others
-        metrics = jax.tree.map(lambda x: np.asarray(x)[0], sums)
-        interval_start = max(progress.last_eval, 0)
-        check_finite(args, metrics, interval_start, progress.iteration - interval_start)
+        check_finite(args, sums, progress)
         save_checkpoint(logger.folder, (state, sums), progress)
 
 

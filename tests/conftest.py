@@ -13,8 +13,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # bitwise claims are made for the
 # Without XLA's own emitters for fusions programs compile in two thirds of the time, and the suite
 # does little else. A release that no longer knows the flag would end the process.
 if tuple(int(part) for part in jaxlib.__version__.split(".")[:2]) < (0, 11):
-    flags = os.environ.get("XLA_FLAGS", ""), "--xla_cpu_use_fusion_emitters=false"
-    os.environ["XLA_FLAGS"] = " ".join(flags).strip()
+    no_emitters = " --xla_cpu_use_fusion_emitters=false"
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + no_emitters
 
 import distrax
 import jax
@@ -98,8 +98,7 @@ def environ(tmp_path_factory):
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "PYTHONUNBUFFERED": "1",
         "WANDB_MODE": "offline",
-        "XLA_FLAGS": " ".join(
-            [os.environ.get("XLA_FLAGS", ""), "--xla_backend_optimization_level=0"]),
+        "XLA_FLAGS": os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0",
     }
 
 

@@ -178,6 +178,7 @@ def test_matching(monkeypatch, capsys):
     trained = []
 
     def matching(script, num_seeds=None, **flags):
+        assert num_seeds in (10, None)  # the guide's ten, or those of the test
         trained.append((script.__name__, flags))
         return np.array([0.5, 0.7, 0.8]), np.array([0.9, 0.6, len(trained) / 10])
 
