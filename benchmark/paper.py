@@ -42,6 +42,7 @@ python magpo_rec.py --env-id {env_id} --scenario {scenario} \\
 def write_commands() -> str:
     """The text of paper.txt, a suite after another."""
     table = pd.read_csv(os.path.join(FOLDER, "tuned_params.csv"), comment="#", dtype=str)
+    table = table[table["system_name"] == "magpo"]
     table["env_id"] = table["env_name"].map(ENV_IDS)
     table["scenario"] = table["task"].replace(SCENARIOS)
     # The one learning rate of the CoordSum rows stands in the other column.
