@@ -145,6 +145,20 @@ def test_probability_of_improvement_counts_pairs():
     np.testing.assert_allclose(better, [(3.5 / 6 + 1) / 2, 0.5])
 
 
+def test_aggregates_are_those_of_rliable():
+    """The numbers are what rliable 1.2.0 prints for these scores, with 10,000 resamples for the
+    mean and the IQM, and 2,000 for the probability of improvement."""
+    rng = np.random.default_rng(0)
+    x, y = list(rng.random((5, 7)).T), list(rng.random((6, 7)).T)  # 5 and 6 seeds of 7 tasks
+    for statistic, scores, value, interval in (
+        (aggregate.mean, x, 0.528282021537026, (0.43766713, 0.61615569)),
+        (aggregate.iqm, x, 0.5661636935629151, (0.43722687, 0.66802737)),
+        (aggregate.probability_of_improvement, x + y, 0.528571428571428, (0.4047619, 0.66190476)),
+    ):
+        np.testing.assert_allclose(statistic(*scores), value, rtol=1e-12)
+        np.testing.assert_allclose(aggregate.interval(statistic, scores), interval, atol=0.01)
+
+
 def test_aggregates_by_hand(capsys, tmp_path):
     rows = []
     for seed, a, b in ((1, 10.0, 5.0), (2, 6.0, 5.0)):
