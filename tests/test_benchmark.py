@@ -31,7 +31,7 @@ import tasks_table  # noqa: E402
 import tasks  # noqa: E402
 
 NAMES = """ablation coordsum coordsum_rec defaults figure1 heatmap memory paper rware rware_rec
-    saddle_seeds smax suites suites_ff""".split()
+    guider saddle_seeds smax suites suites_ff""".split()
 FILES = [os.path.join(ROOT, "benchmark", f"{name}.txt") for name in NAMES]
 
 # Writes what a training script writes, without training; CoordSum's return is the seed. --sleep is
