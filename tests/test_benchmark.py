@@ -7,6 +7,7 @@ import glob
 import importlib
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -378,6 +379,57 @@ def test_every_picture_can_be_redrawn(tmp_path, monkeypatch, capsys):
     os.remove("benchmark/results/figure1.csv")
     assert figures.main(["--only", "figure1"]) == 0
     assert "there is no benchmark/results/figure1.csv" in capsys.readouterr().err
+
+
+def numbers(text):
+    return [float(x) for x in re.findall(r"-?\d+\.?\d*", text)]
+
+
+def readme_tables():
+    """The rows of the README's tables, by their first cell: the other cells."""
+    with open(os.path.join(ROOT, "README.md")) as file:
+        rows = [line.split("|")[1:-1] for line in file if line.startswith("|")]
+    return {cells[0].strip(): [cell.strip() for cell in cells[1:]] for cells in rows}
+
+
+def committed_table(name, guider_of):
+    """The table of results/NAME.csv, a dict a group, with numbers of three digits."""
+    file = os.path.join(ROOT, "benchmark", "results", f"{name}.csv")
+    frame = evaluations.group(evaluations.read([file]), "", {}, guider_of)
+    return aggregate.make_table(evaluations.final(frame, 3)).to_dict("records")
+
+
+def test_the_readme_has_the_committed_returns_of_the_suites():
+    readme = readme_tables()
+    table = committed_table("suites_ff", {"ctds": "ctce"})
+    assert len(table) == 6 * 4
+    for line in table:
+        scenario = line["task"].split()[1]
+        (name,) = [name for name in readme if f" `{scenario}`" in name]
+        cell = readme[name][["magpo", "ctds", "ctce", "mappo"].index(line["run"])]
+        expected = numbers(line["learner [95% CI]"])
+        if "won" in cell:
+            expected.append(round(100 * float(line["win_rate"])))
+        np.testing.assert_allclose(numbers(cell), expected, rtol=5e-3, atol=6e-3, err_msg=name)
+        assert line["seeds"] == 3
+
+
+def test_the_readme_has_the_committed_returns_of_figure_1():
+    readme = readme_tables()
+    names = {
+        "magpo_mat": "MAGPO, mat", "magpo_sable": "MAGPO, sable", "ctds_mat": "CTDS, mat",
+        "ctds_sable": "CTDS, sable", "mappo": "MAPPO",
+    }
+    table = committed_table("figure1", {})
+    assert {line["run"] for line in table} == set(names)
+    for line in table:
+        seeds, learner, worst, guider, gap, kl = readme[names[line["run"]]]
+        assert int(seeds) == line["seeds"]
+        for cell, column in ((learner, "learner [95% CI]"), (worst, "worst seed"),
+                             (guider, "guider"), (gap, "gap")):
+            expected = numbers(line[column])
+            np.testing.assert_allclose(numbers(cell), expected, rtol=5e-3, atol=0.06)
+        np.testing.assert_allclose(numbers(kl), numbers(line["learner_kl"]), rtol=0.05)
 
 
 # -------------------- Running ---------------------------------------------------------------------
