@@ -6,8 +6,8 @@ interquartile mean and probability of improvement, with 95% stratified bootstrap
 A score is a run's final return of the learner, scaled so that 0 is the lowest and 1 the highest
 evaluation of all runs shown of its task. The functions take a list with an array for each task,
 of as many scores as the task has seeds. The bootstrap is scipy's: it draws the seeds of every task
-anew, never the tasks. With few seeds its intervals are rather too narrow. Values and intervals are
-those of rliable (a test), whose release 1.2.0 does not import beside pandas 3.
+anew, never the tasks. With few seeds its intervals are rather too narrow. Values are those of
+rliable, and intervals up to the random draws (a test); its 1.2.0 does not import beside pandas 3.
 """
 import sys
 from dataclasses import dataclass

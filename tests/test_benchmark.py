@@ -386,7 +386,8 @@ def numbers(text):
 
 
 def readme_tables():
-    """The rows of the README's tables, by their first cell: the other cells."""
+    """The rows of the README's tables, by their first cell: the other cells. Of rows that begin
+    alike the last one counts."""
     with open(os.path.join(ROOT, "README.md")) as file:
         rows = [line.split("|")[1:-1] for line in file if line.startswith("|")]
     return {cells[0].strip(): [cell.strip() for cell in cells[1:]] for cells in rows}
