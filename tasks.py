@@ -21,6 +21,9 @@ and, if an agent's reward is its own and no part of a sum that the team earns,
 
     env.own_rewards                    True
 
+The scripts train on what `make_trainable` makes: these and any other Jumanji environment, your own
+among them, checked, and adapted where they need it.
+
 A suite is one function from a scenario's name to an environment, and one entry of `SUITES`. The
 function raises ValueError, with what is allowed, on a name that it cannot use; `make` puts the flag
 before it. The names, and what they stand for, are those of Multi-Agent Guided Policy Optimization
@@ -31,8 +34,10 @@ the README.
 import argparse
 import contextlib
 import functools
+import importlib
 import io
 import math
+import os
 import re
 import sys
 from types import ModuleType
@@ -57,6 +62,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Circle
 
 
+class TaskError(ValueError):
+    """A task that cannot be made, or trained on: one line with the flag and what is allowed."""
+
+
 def make(env_id: str, scenario: str = "") -> Environment:
     """Makes a task.
 
@@ -65,21 +74,18 @@ def make(env_id: str, scenario: str = "") -> Environment:
         scenario: the task's name in the papers; "" stands for the environment's own defaults.
 
     Raises:
-        ValueError: in one line that names the flag and its value, on an unknown `env_id`, a
-            `scenario` that `env_id` does not have, or one whose sizes make no game.
-        ModuleNotFoundError: if the suite needs a module that is not there.
+        TaskError: on an unknown `env_id`, a `scenario` that `env_id` does not have, one whose sizes
+            make no game, or if the suite needs a module that is not there.
     """
     if env_id not in SUITES:
         return make_other(env_id, scenario)
-    make_suite = SUITES[env_id]
-    if scenario == "":
-        return make_suite("")
+    flag = f"--scenario {scenario}" if scenario else f"--env-id {env_id}"
     try:
-        env = make_suite(scenario)
+        env = SUITES[env_id](scenario)
         jax.eval_shape(env.reset, jax.random.PRNGKey(0))  # some sizes fail only here
-    except (AssertionError, OverflowError, TypeError, ValueError) as error:
+    except (AssertionError, ImportError, OverflowError, TypeError, ValueError) as error:
         first_line = str(error).partition("\n")[0]
-        raise ValueError(f"--scenario {scenario}: {first_line}") from error
+        raise TaskError(f"{flag}: {first_line}") from error
     return env
 
 
@@ -87,11 +93,11 @@ def make_other(env_id: str, scenario: str) -> Environment:
     """A registered Jumanji environment of no suite, which has no scenarios."""
     if env_id not in jumanji.registered_environments():
         known = ", ".join(SUITES)
-        raise ValueError(
+        raise TaskError(
             f"--env-id {env_id}: unknown, try {known} or the id of another Jumanji environment"
         )
     if scenario:
-        raise ValueError(f"--scenario {scenario}: {env_id} takes none")
+        raise TaskError(f"--scenario {scenario}: {env_id} takes none")
     return jumanji.make(env_id)
 
 
@@ -556,6 +562,180 @@ class Spread(JaxMarl):
         return visualizer.fig, visualizer.update
 
 
+# -------------------- Environments to train on ----------------------------------------------------
+def make_trainable(env_id: str, scenario: str = "") -> Environment:
+    """Makes an environment that the scripts can train on.
+
+    Its observations have agents_view (N, ...) and action_mask (N, A), and its actions are (N,)
+    int32, or any real numbers (N, A) float32, which are brought within their bounds here.
+
+    Args:
+        env_id: as in `make`, or `module:Id-v0`, whose module is imported, to register the id.
+        scenario: as in `make`.
+
+    Raises:
+        TaskError: as `make`, or if the environment lacks what is needed. Errors of the environment
+            itself are raised as they are.
+    """
+    env = make(import_module_of(env_id), scenario)
+    check(env_id, env)
+    if needs_adapter(env):
+        env = Adapter(env)
+    state, timestep = jax.eval_shape(env.reset, jax.random.PRNGKey(0))
+    shape = env.action_spec.shape
+    action = jax.ShapeDtypeStruct(shape, jnp.int32 if len(shape) == 1 else jnp.float32)
+    jax.eval_shape(env.step, state, action)  # an environment's own errors show up here
+    return env
+
+
+def import_module_of(env_id: str) -> str:
+    """Imports the module of `module:Id-v0`, which registers the id, like Gymnasium -> `Id-v0`."""
+    match = re.fullmatch(r"(\w+(?:\.\w+)*):(.+)", env_id)
+    if match is None:
+        return env_id
+    module, name = match.groups()
+    sys.path.append(os.getcwd())
+    try:
+        importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if not f"{module}.".startswith(f"{error.name}."):
+            raise  # the module is there, what it imports is not
+        raise TaskError(f"--env-id {env_id}: there is no module {module}") from error
+    if name not in jumanji.registered_environments():
+        raise TaskError(f"--env-id {env_id}: {module} does not register {name} with Jumanji")
+    return name
+
+
+def is_continuous(env: Environment) -> bool:
+    """True for actions of floats within finite bounds, a row for each agent: (N, A)."""
+    spec = env.action_spec
+    if not isinstance(spec, specs.BoundedArray) or len(spec.shape) != 2:
+        return False
+    bounds = np.broadcast_arrays(spec.minimum, spec.maximum)
+    return jnp.issubdtype(spec.dtype, jnp.floating) and bool(np.all(np.isfinite(bounds)))
+
+
+def check(env_id: str, env: Environment) -> None:
+    """TaskError if an environment lacks what training needs.
+
+    What it gives counts, not its observation_spec, which nothing here needs.
+    """
+    _, timestep = jax.eval_shape(env.reset, jax.random.PRNGKey(0))
+    observation = timestep.observation
+    discrete = isinstance(env.action_spec, specs.MultiDiscreteArray)
+    needed = ("agents_view", "action_mask") if discrete else ("agents_view",)
+    missing = [field for field in needed if not hasattr(observation, field)]
+    if missing:
+        raise TaskError(f"--env-id {env_id}: its observation has no {' and no '.join(missing)}")
+    if not (discrete or is_continuous(env)):
+        needs = "one discrete action per agent, a MultiDiscreteArray, or continuous ones,"
+        needs += " a BoundedArray (N, A) of floats with finite bounds, not "
+        needs += " ".join(str(env.action_spec).split())  # bounds may take several lines
+        raise TaskError(f"--env-id {env_id}: needs {needs}")
+    view_shape = observation.agents_view.shape
+    mask_shape = observation.action_mask.shape if discrete else env.action_spec.shape
+    if len(mask_shape) != 2 or view_shape[:1] != mask_shape[:1]:
+        name = "action_mask" if discrete else "action_spec"
+        needs = f"agents_view (N, ...) and {name} (N, A), not {view_shape} and {mask_shape}"
+        raise TaskError(f"--env-id {env_id}: needs {needs}")
+
+
+def needs_adapter(env: Environment) -> bool:
+    """True if there are continuous actions, images, or state that numpy cannot hold."""
+    state, timestep = jax.eval_shape(env.reset, jax.random.PRNGKey(0))
+    odd_state = any(kind_of(leaf) is not leaf.dtype for leaf in jax.tree.leaves(state))
+    return is_continuous(env) or timestep.observation.agents_view.dtype == jnp.uint8 or odd_state
+
+
+def is_typed_key(leaf: jax.Array) -> bool:
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def kind_of(leaf: jax.Array) -> Any:
+    """The type in which numpy can hold an array: uint32 for typed keys, float32 for bfloat16."""
+    if is_typed_key(leaf):
+        return jnp.uint32
+    return leaf.dtype if leaf.dtype.kind != "V" else jnp.float32
+
+
+class Adapter(Wrapper):
+    """An environment with what the scripts expect in place of what they cannot handle.
+
+    D17: continuous actions u are any real numbers, of which the environment does tanh(u), scaled to
+    the bounds. The derivative of tanh is the same for two policies, so it cancels in their ratios
+    and KLs, and nothing overflows where tanh saturates. All of them are legal in the action_mask.
+    Views of uint8, which are images, are divided by 255. State that numpy cannot hold, such as keys
+    of jax.random.key and bfloat16, is kept as what it can hold, so that it can be saved.
+    """
+
+    def __init__(self, env: Environment):
+        super().__init__(env)
+        self.continuous = is_continuous(env)
+        self.own_spec = env.action_spec  # some make it anew each time, which fails inside jit
+
+        def note(key):
+            state = jax.tree.map(jnp.asarray, env.reset(key)[0])  # Python's numbers, too
+            # Of typed keys the name of their implementation, which only keys tell, not shapes.
+            self.kinds = [
+                jax.random.key_impl(leaf) if is_typed_key(leaf) else leaf.dtype
+                for leaf in jax.tree.leaves(state)
+            ]
+            return state
+
+        jax.eval_shape(note, jax.random.PRNGKey(0))
+
+    def pack(self, state: Any) -> Any:
+        """The environment's own state -> state that numpy can hold."""
+        state = jax.tree.map(jnp.asarray, state)
+        state = jax.tree.map(
+            lambda leaf: jax.random.key_data(leaf) if is_typed_key(leaf) else leaf, state
+        )
+        return jax.tree.map(lambda leaf: jnp.asarray(leaf, kind_of(leaf)), state)
+
+    def unpack(self, state: Any) -> Any:
+        """What `pack` gave -> the environment's own state."""
+        leaves, structure = jax.tree.flatten(state)
+        own = [
+            jax.random.wrap_key_data(leaf, impl=kind)
+            if isinstance(kind, str)
+            else leaf.astype(kind)
+            for leaf, kind in zip(leaves, self.kinds)
+        ]
+        return jax.tree.unflatten(structure, own)
+
+    def reset(self, key: jax.Array) -> tuple[Any, TimeStep]:
+        """Starts an episode."""
+        state, timestep = self._env.reset(key)
+        return self.pack(state), self.adapt(timestep)
+
+    def step(self, state: Any, action: jax.Array) -> tuple[Any, TimeStep]:
+        """action: (N,) int32, or u (N, A) float32."""
+        if self.continuous:
+            lowest, highest = self.own_spec.minimum, self.own_spec.maximum
+            action = (highest + lowest) / 2 + (highest - lowest) / 2 * jnp.tanh(action)
+        state, timestep = self._env.step(self.unpack(state), action)
+        return self.pack(state), self.adapt(timestep)
+
+    def adapt(self, timestep: TimeStep) -> TimeStep:
+        """The timestep with `VectorObservation`."""
+        view = timestep.observation.agents_view
+        if view.dtype == jnp.uint8:
+            view = view / 255
+        if self.continuous:
+            mask = jnp.ones(self.own_spec.shape, bool)
+        else:
+            mask = timestep.observation.action_mask
+        return timestep.replace(observation=VectorObservation(view, mask))
+
+    @property
+    def animate(self) -> Callable:
+        """The environment's own `animate`, for states of this one."""
+        animate = self._env.animate
+        return lambda states, *args, **kwargs: animate(
+            [self.unpack(state) for state in states], *args, **kwargs
+        )
+
+
 # -------------------- All of them -----------------------------------------------------------------
 SUITES = {
     "CoordSum-v0": make_coordsum,
@@ -606,8 +786,8 @@ def main() -> None:
     try:
         for env_id, scenarios in PAPER_TASKS.items():
             rows += [describe(env_id, scenario) for scenario in scenarios]
-    except ModuleNotFoundError as error:
-        print(f"tasks.py: error: {env_id}: {error}", file=sys.stderr)
+    except TaskError as error:
+        print(f"tasks.py: error: {error}", file=sys.stderr)
         sys.exit(2)
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:

@@ -56,10 +56,7 @@ def play_raw(env: magpo_ff.TeamEnv, num_steps: int, state: Any, mask: jax.Array,
 
     def step(carry, key):
         state, mask = carry
-        obs = magpo_ff.Observation(None, mask)
-        action, _, _ = act_at_random(env, None, obs, key)
-        if env.continuous:
-            action = env.bounded(action)
+        action, _, _ = act_at_random(env, None, magpo_ff.Observation(None, mask), key)
         state, timestep = jax.vmap(env.env.step)(state, action)
         return (state, timestep.observation.action_mask), jnp.sum(timestep.reward)
 
@@ -70,19 +67,17 @@ def play_raw(env: magpo_ff.TeamEnv, num_steps: int, state: Any, mask: jax.Array,
 def make_players(task: str, options: Options) -> Tuple[Callable, Callable]:
     """The two ways to play a task, compiled, each () -> an array."""
     env = magpo_ff.make_env(*task.split(":"))
-    args = magpo_ff.Args(num_envs=options.num_envs, num_steps=options.num_steps)
+    args = magpo_ff.Args(num_envs=options.num_envs, num_steps=options.num_steps, num_devices=1)
     key = jax.random.PRNGKey(0)
-    env_state, obs = jax.jit(jax.vmap(env.reset))(jax.random.split(key, options.num_envs))
-    zeros = jnp.zeros(options.num_envs)
-    nothing = magpo_ff.Pair(None, None)
-    state = magpo_ff.TrainState(nothing, nothing, env_state, obs, zeros, zeros, key)
+    env_state = jax.jit(jax.vmap(env.reset))(jax.random.split(key, options.num_envs))
+    state = magpo_ff.TrainState({"guider": None}, None, env_state, key, jnp.int32(0))
 
     def play_collect(state):
-        _, _, sums = magpo_ff.collect(args, env, env, state)
-        return sums
+        _, rollout = magpo_ff.collect(args, env, env, state)
+        return jnp.sum(rollout.reward)
 
     raw = jax.jit(functools.partial(play_raw, env, options.num_steps))
-    raw_inputs = (env_state, obs.action_mask, key)
+    raw_inputs = (env_state.game, env_state.obs.action_mask, key)
     raw = raw.lower(*raw_inputs).compile()
     collect = jax.jit(play_collect).lower(state).compile()
     return functools.partial(raw, *raw_inputs), functools.partial(collect, state)

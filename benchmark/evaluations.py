@@ -26,7 +26,7 @@ RUN = ["env_id", "scenario", "exp_name", "seed"]
 MEANS = ["learner", "guider", "win_rate", "learner_kl"]
 COLUMNS = [*RUN, "global_step", *MEANS, "wall_seconds"]
 GROUP = ["task", "label"]  # runs that differ in their seed alone
-NOT_COMPARED = {"seed", "run_dir", "resume", "cache", "num_devices"}
+NOT_COMPARED = {"seed", "run_dir", "resume", "num_devices"}
 
 
 class InputError(ValueError):

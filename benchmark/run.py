@@ -102,7 +102,7 @@ def parse(line: str) -> Command:
 
 def make_commands(options: Options) -> list:
     """All commands to run, seed by seed. Raises ValueError or OSError, in words."""
-    folder, file = os.path.split(options.file)
+    folder, file = os.path.split(os.path.normpath(options.file))  # as --resume writes --run-dir
     run_dir = os.path.join(folder, "runs", file.removesuffix(".txt"))
     lines = [x for x in read_lines(options.file) if re.search(options.only, x)]
     if not lines:
@@ -119,16 +119,16 @@ def make_commands(options: Options) -> list:
     names = [run_name(command.args) for command in commands]
     for name in names:
         if names.count(name) > 1:
-            raise ValueError(f"two commands would make runs of the same name: {name}")
+            way_out = "give each an --exp-name"
+            raise ValueError(f"two commands would make runs of the same name, {name}: {way_out}")
     return commands
 
 
 # -------------------- Runs ------------------------------------------------------------------------
 def run_name(args: dict) -> str:
     """The name of a run's folder without the time at its end."""
-    env_id = re.sub(r"[^\w.=-]", "_", args["env_id"])
-    scenario = re.sub(r"[^\w.=-]", "_", args["scenario"])
-    return f"{env_id}__{scenario}__{args['exp_name']}__{args['seed']}"
+    name = f"{args['env_id']}__{args['scenario']}__{args['exp_name']}__{args['seed']}"
+    return name.replace(":", "_")
 
 
 def read_run(folder: str) -> tuple:
@@ -138,8 +138,7 @@ def read_run(folder: str) -> tuple:
         with open(os.path.join(folder, "args.json")) as file:
             about = json.load(file)
         with open(os.path.join(folder, "metrics.jsonl")) as file:
-            # the last line may be cut off
-            rows = [json.loads(line) for line in file if line.endswith("\n")]
+            rows = [json.loads(line) for line in file]
     except (OSError, ValueError):  # stopped before there was anything to read
         return {}, [], False
     steps = about["args"]["num_envs"] * about["args"]["num_steps"]
@@ -158,7 +157,7 @@ def find_runs(args: dict) -> list:
 
 def is_of(command: Command, about: dict) -> bool:
     """True if a run's args.json is of this script with these arguments."""
-    ignored = {"run_dir", "resume", "cache"}
+    ignored = {"run_dir", "resume"}
     if command.args["num_devices"] == 0:
         ignored.add("num_devices")  # the number used is recorded
     if not about or about["script"] != os.path.basename(command.script):
@@ -174,7 +173,7 @@ def is_finished(command: Command) -> bool:
 
 
 def has_checkpoint(folder: str) -> bool:
-    return bool(glob.glob(os.path.join(folder, "checkpoint_*")))
+    return bool(glob.glob(os.path.join(folder, "checkpoint_*.npz")))
 
 
 # -------------------- Running ---------------------------------------------------------------------

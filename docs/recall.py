@@ -25,6 +25,8 @@ class State(NamedTuple):
 class Recall(Meet):
     """Sizes and types are those of Meet; what happens and what is seen is not."""
 
+    animate = None  # that of Meet draws other states
+
     def reset(self, key):
         number = jax.random.randint(key, (), 0, 3)
         state = State(number, jnp.int32(0))

@@ -18,6 +18,7 @@ panel how often the sum is right: for the guider, for the guider if its agents d
 other, and for the learner.
 """
 import dataclasses
+import functools
 import os
 import sys
 
@@ -59,12 +60,10 @@ def tables(guider, learner, params, obs) -> tuple:
 
     obs: what the agents see in every step, (N, ...).
     """
-    logits = learner.apply(params.learner, obs.agents_view)
-    learner_table = magpo_ff.action_distribution(logits, obs.action_mask).probs
+    learner_table = learner.apply(params["learner"], obs).probs
     many = jax.tree.map(lambda x: jnp.broadcast_to(x, (len(TRIPLES), *x.shape)), obs)
-    logits, _ = guider.apply(params.guider, many.agents_view, TRIPLES)
-    log_prob = magpo_ff.action_distribution(logits, many.action_mask).log_prob(TRIPLES)
-    return jnp.exp(jnp.sum(log_prob, axis=-1)), learner_table
+    policy, _ = guider.apply(params["guider"], many, TRIPLES)
+    return jnp.exp(jnp.sum(policy.log_prob(TRIPLES), axis=-1)), learner_table
 
 
 def independent(digits: np.ndarray) -> np.ndarray:
@@ -96,30 +95,32 @@ def make_rows(name: str, global_step: int, triples: np.ndarray, digits: np.ndarr
 def record(options: Options) -> pd.DataFrame:
     """Trains a run and keeps its policies.
 
-    Raises FlagError on flags that cannot work.
+    Raises ValueError on flags that cannot work; on those of magpo_ff.py it exits.
     """
     args = options.run
-    magpo_ff.check_args(args)
     if options.every < 1:
-        raise magpo_ff.FlagError(f"--every {options.every}: must be above 0")
+        raise ValueError(f"--every {options.every}: must be above 0")
     if options.start_delta != 0 and not options.start_delta > 1:
-        rule = "must be above 1, or 0 for none"
-        raise magpo_ff.FlagError(f"--start-delta {options.start_delta}: {rule}")
+        raise ValueError(f"--start-delta {options.start_delta}: must be above 1, or 0 for none")
     magpo_ff.start_jax(args)
-    devices = magpo_ff.choose_devices(args)
+    magpo_ff.check_args(args)
     env = magpo_ff.make_env(args.env_id, args.scenario)
     if (env.num_agents, env.num_actions) != (AGENTS, DIGITS) or "=" not in args.scenario:
-        raise magpo_ff.FlagError(f"--scenario {args.scenario}: must be 3x10={TARGET}")
+        raise ValueError(f"--scenario {args.scenario}: must be 3x10={TARGET}")
     guider, learner = magpo_ff.make_networks(args, env)
-    start_args = args
-    if options.start_delta:
-        start_args = dataclasses.replace(args, delta=options.start_delta)
-    init, iterate, _ = magpo_ff.make_programs(args, env, devices)
-    _, iterate_at_start, _ = magpo_ff.make_programs(start_args, env, devices)
+
+    def train_iteration(delta, state):
+        now = dataclasses.replace(args, delta=delta)
+        return magpo_ff.train_iteration(now, env, guider, learner, state)
+
+    devices = jax.devices()[: args.num_devices]
+    pmap = functools.partial(jax.pmap, axis_name="device", devices=devices)
+    init = functools.partial(magpo_ff.init_state, args, env, guider, learner)
+    init, iterate = pmap(init, in_axes=(None, 0)), pmap(train_iteration, in_axes=(None, 0))
     look = jax.jit(lambda params, obs: tables(guider, learner, params, obs))
 
     key, params_key, _ = jax.random.split(jax.random.PRNGKey(args.seed), 3)  # as in `train`
-    state = init(params_key, magpo_ff.own_keys(args, key))
+    state = init(params_key, jax.random.split(key, args.num_devices))
     steps_per_iteration = args.num_envs * args.num_steps
     num_iterations = args.total_timesteps // steps_per_iteration
     name = f"seed {args.seed}, delta {args.delta:g}"
@@ -128,14 +129,14 @@ def record(options: Options) -> pd.DataFrame:
     rows = []
     for iteration in range(num_iterations + 1):
         if iteration % options.every == 0 or iteration == num_iterations:
-            params, obs = jax.tree.map(lambda x: x[0], (state.params, state.obs))
-            obs = jax.tree.map(lambda x: x[0], obs)
+            params = jax.tree.map(lambda x: np.asarray(x)[0], state.params)
+            obs = jax.tree.map(lambda x: np.asarray(x)[0, 0], state.env_state.obs)
             triples, digits = jax.device_get(look(params, obs))
             rows += make_rows(name, iteration * steps_per_iteration, triples, digits)
             print(f"global_step={rows[-1]['global_step']}  learner {rows[-1]['learner']:.3f}")
         if iteration < num_iterations:
             early = options.start_delta and iteration < num_iterations / 3
-            state, _ = iterate_at_start(state) if early else iterate(state)
+            state, _ = iterate(options.start_delta if early else args.delta, state)
     return pd.DataFrame(rows)
 
 
@@ -188,7 +189,7 @@ def main(words: list | None = None) -> int:
         if options.export:
             frame.to_csv(options.export, index=False, float_format="%.4g")
         draw(frame).savefig(options.out, dpi=110)
-    except (OSError, ValueError) as error:  # a FlagError is a ValueError
+    except (OSError, ValueError) as error:
         print(f"saddle.py: error: {error}", file=sys.stderr)
         return 2
     return 0

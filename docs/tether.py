@@ -38,20 +38,20 @@ class Options:
 
 def policy(log_prob: jax.Array) -> magpo_ff.distrax.Categorical:
     """Two actions, of which the first has this log-probability."""
-    logits = jnp.stack([log_prob, jnp.log1p(-jnp.exp(log_prob))])
-    return magpo_ff.action_distribution(logits, jnp.ones(2, bool))
+    return magpo_ff.distrax.Categorical(jnp.stack([log_prob, jnp.log1p(-jnp.exp(log_prob))]))
 
 
 def losses(options: Options, guider_log_prob, behaviour_prob, delta) -> Tuple:
-    """The two terms of Eq. 9 for one sample: PPO with the double clip, and the masked KL."""
+    """The two terms of Eq. 9 for one sample, as in `minibatch_loss`: PPO with the double clip, and
+    the masked KL."""
     learner_log_prob = jnp.log(options.learner_prob)
     behaviour_log_prob = jnp.log(behaviour_prob)
     ratio = jnp.exp(guider_log_prob - behaviour_log_prob)
     clipped_ratio = magpo_ff.double_clip(
         guider_log_prob, learner_log_prob, behaviour_log_prob, delta, options.clip_coef)
-    ppo = magpo_ff.guider_loss(ratio, clipped_ratio, options.advantage)
-    mask = magpo_ff.kl_mask(guider_log_prob, learner_log_prob, delta)
-    kl = magpo_ff.backtrack_loss(policy(guider_log_prob), policy(learner_log_prob), mask)
+    ppo = magpo_ff.ppo_loss(ratio, clipped_ratio, options.advantage)
+    mask = jnp.abs(guider_log_prob - learner_log_prob) > jnp.log(delta)
+    kl = mask * policy(guider_log_prob).kl_divergence(policy(learner_log_prob))
     return ppo, kl
 
 

@@ -5,27 +5,26 @@
 """
 
 import dataclasses
-import importlib
-import json
-import os
 import sys
+from functools import partial
+from pathlib import Path
 from typing import Literal
 
 import jax
-import jax.numpy as jnp
 import matplotlib
 import numpy as np
 import tyro
 from flax.traverse_util import unflatten_dict
 from safetensors.numpy import load_file
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path[:0] = [ROOT, os.path.join(ROOT, "baselines")]  # the scripts
+sys.path.insert(0, str(Path(__file__).parent))
+
+from use_learner import load_script  # noqa: E402
 
 
 @dataclasses.dataclass
 class Options:
-    run_dir: tyro.conf.Positional[str]  # folder of a run, of any of the scripts
+    run_dir: tyro.conf.Positional[Path]  # folder of a run, of any of the scripts
     episodes: int = 320  # episodes behind the figures
     which: Literal["best", "last"] = "best"  # the networks of which evaluation
     guider: bool = False  # play the guider, not the learner
@@ -35,82 +34,72 @@ class Options:
     max_frames: int = 100  # states to show, the first ones of a longer episode
 
 
-def load_run(options):
-    """The run's script, flags, environment, networks and their parameters."""
-    with open(os.path.join(options.run_dir, "args.json")) as file:
-        about = json.load(file)
-    script = importlib.import_module(about["script"].removesuffix(".py"))
-    changes = {"eval_episodes": options.episodes, "eval_greedy": options.greedy, "num_devices": 1}
-    args = script.Args(**about["args"] | changes)
+def load_team(options):
+    """The run's script, its environment, how the team acts, and what it remembers at first: of a
+    script with memory a function of the number of games, else None.
+    """
+    script, args = load_script(options.run_dir)
     env = script.make_env(args.env_id, args.scenario)
-    prefix = "best_" if options.which == "best" else ""
-    if options.guider and "guider" not in script.Pair._fields:
-        raise ValueError(f"--guider: {about['script']} has none")
-    params = {}
-    for network in script.Pair._fields:
-        path = os.path.join(options.run_dir, f"{prefix}{network}.safetensors")
-        params[network] = unflatten_dict(load_file(path), sep=",")
-    networks = script.Pair(*script.make_networks(args, env))
-    return script, args, env, networks, script.Pair(**params)
-
-
-def play_episode(options, script, args, env, networks, params):
-    """Plays one episode step by step -> its first states, and the sum of its rewards by then."""
     name = "guider" if options.guider else "learner"
-    network = getattr(networks, name)
-    has_memory = hasattr(script, "init_hidden")
-    hidden = None
-    if has_memory:
-        guider = [networks.guider] if "guider" in networks._fields else []
-        hidden = getattr(script.init_hidden(args, env, *guider, 1), name)
+    networks = {type(x).__name__.lower(): x for x in script.make_networks(args, env)}
+    if name not in networks:
+        raise ValueError(f"--guider: {script.SCRIPT} has none")
+    prefix = "best_" if options.which == "best" else ""
+    file = options.run_dir / f"{prefix}{name}.safetensors"
+    params = unflatten_dict(load_file(file), sep=",")
+    act = partial(getattr(script, f"{name}_act"), networks[name], params, greedy=options.greedy)
+    if not hasattr(script, "init_hidden"):
+        return script, env, act, None
+    return script, env, act, lambda games: script.init_hidden(args, env, games)[name]
+
+
+def play_episode(options, env, act, make_hidden):
+    """Plays one episode step by step -> its first states, and its return up to then."""
 
     @jax.jit
-    def step(state, obs, step_count, hidden, key):
-        obs = jax.tree.map(lambda x: x[None], obs)  # (1, N, ...), a batch of one
-        past = (jnp.full(1, step_count, float), hidden) if has_memory else ()
-        act = getattr(script, f"{name}_act")
-        found = act(network, getattr(params, name), obs, *past, key, options.greedy)
-        found = found if isinstance(found, tuple) else (found,)  # action, .., hidden
-        state, outcome = env.step(state, found[0][0])
-        return state, outcome, found[-1] if has_memory else None
+    def step(state, hidden, key):
+        batch = jax.tree.map(lambda x: x[None], state)  # of one
+        past = (batch.episode["length"], hidden) if make_hidden else ()
+        action, *_, hidden = act(batch.obs, *past, key)
+        state, _, _, last = env.step(state, action[0])
+        return state, last, hidden if make_hidden else None
 
     key = jax.random.PRNGKey(options.seed)
-    state, obs = jax.jit(env.reset)(key)
-    states = [state]
-    total = 0.0
-    last = False
+    state, hidden = jax.jit(env.reset)(key), make_hidden and make_hidden(1)
+    states, last = [state.game], False
     while not last and len(states) < options.max_frames:
         key, act_key = jax.random.split(key)
-        state, outcome, hidden = step(state, obs, len(states) - 1, hidden, act_key)
-        states.append(state)
-        obs = outcome.obs
-        total += float(jnp.mean(outcome.reward))
-        last = bool(outcome.last)
-    return states, total
+        state, last, hidden = step(state, hidden, act_key)
+        states.append(state.game)
+    return states, state.episode["return"]
 
 
-def main() -> None:
+def main():
     options = tyro.cli(Options)
     try:
-        script, args, env, networks, params = load_run(options)
-        if options.gif and not hasattr(env.env, "animate"):
-            raise ValueError(f"--gif {options.gif}: {args.env_id} cannot be drawn")
+        script, env, act, make_hidden = load_team(options)
+        if options.gif and getattr(env.env, "animate", None) is None:
+            needs = "animate(states, interval, save_path), as examples/my_env.py has it"
+            raise ValueError(f"--gif {options.gif}: the environment needs a method {needs}")
+        gif = Path(options.gif)
+        if options.gif and (gif.suffix != ".gif" or not gif.parent.is_dir()):
+            raise ValueError(f"--gif {options.gif}: must be a .gif in a folder that exists")
     except Exception as error:  # a damaged file may raise about any
         reason = str(error).partition("\n")[0]
         print(f"enjoy.py: error: {options.run_dir}: {reason}", file=sys.stderr)
         sys.exit(2)
 
-    who = 1 if options.guider else 0  # the compiler leaves the other one's episodes out
-    play = jax.jit(lambda params, key: script.evaluate(args, env, *networks, params, key)[who])
-    episodes = play(params, jax.random.PRNGKey(options.seed))
-    figures = {"mean return": episodes.returns, "mean length": episodes.length}
+    hidden = [make_hidden(options.episodes)] if make_hidden else []
+    play = jax.jit(partial(script.play, env, act, *hidden, options.episodes))
+    episode = play(jax.random.PRNGKey(options.seed))
+    figures = {"mean return": episode["return"], "mean length": episode["length"]}
     if env.has_win_rate:
-        figures["win rate"] = episodes.won
-    for name, x in figures.items():
+        figures["win rate"] = episode["won"]
+    for name, x in figures.items():  # not a number, if an episode goes on without an end
         interval = 1.96 * np.std(x, ddof=1) / np.sqrt(options.episodes)
         print(f"{name}: {np.mean(x):.3f} +- {interval:.3f} (95%, normal approximation)")
     if options.gif:
-        states, total = play_episode(options, script, args, env, networks, params)
+        states, total = play_episode(options, env, act, make_hidden)
         # Half the usual resolution makes a file of a third of the size.
         with matplotlib.rc_context({"savefig.dpi": 50, "animation.writer": "pillow"}):
             matplotlib.use("Agg")  # needs no display

@@ -1,7 +1,6 @@
-r"""Meet, a whole environment of one's own: copy this file and change it. From the repository:
+"""Meet, a whole environment of one's own: copy this file and change it. From the repository:
 
-    python magpo_ff.py --env-id examples.my_env:Meet-v0 --total-timesteps 100_000 \
-        --num-steps 32 --learning-rate 1e-3
+    python magpo_ff.py --env-id examples.my_env:Meet-v0 --total-timesteps 100_000 --num-steps 32
 
 Three agents start somewhere on a line of seven places. In each step every agent stays or moves to
 a place beside its own, and the team earns the more the closer together they are, 1 if all stand in
@@ -17,6 +16,8 @@ import jumanji
 from jumanji import specs
 from jumanji.env import Environment
 from jumanji.types import restart, transition, truncation
+from matplotlib.animation import FuncAnimation
+from matplotlib.figure import Figure
 
 AGENTS = 3
 PLACES = 7
@@ -67,6 +68,18 @@ class Meet(Environment):
     @property
     def action_spec(self):
         return specs.MultiDiscreteArray(jnp.full(AGENTS, 3))  # N agents with 3 actions each
+
+    def animate(self, states, interval=200, save_path=None):
+        """Draws a frame for each state; for `examples/enjoy.py --gif`, may be left out."""
+        figure = Figure(figsize=(8, 3))
+        ax = figure.subplots()
+
+        def draw(state):
+            ax.clear()
+            ax.scatter(state.place, range(AGENTS), s=500, c=range(AGENTS))
+            ax.set(xlim=(-1, PLACES), ylim=(-1, AGENTS), yticks=[], title=f"{state.step_count}")
+
+        FuncAnimation(figure, draw, states, interval=interval).save(save_path)
 
 
 jumanji.register(id="Meet-v0", entry_point=f"{__name__}:Meet")

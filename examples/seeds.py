@@ -2,17 +2,20 @@
 
     python examples/seeds.py --script magpo_ff.py --seeds 1 2 3 4 --env-id LevelBasedForaging-v0
 
-Each seed gets a folder as if it had run alone, with args.json, metrics.jsonl, the curve and both
-networks, and the same numbers up to rounding. There are no checkpoints. One program is compiled for
-all seeds; on a GPU that is hardly busy with one seed, more of them cost little.
+Each seed gets a folder as if it had run alone, with args.json, metrics.jsonl, the curve and the
+networks, and the same numbers up to rounding; its seconds are those of all. There are no
+checkpoints. One program is compiled for all seeds; on a GPU that is hardly busy with one seed, more
+of them cost little.
 """
 
+import collections
 import dataclasses
-import functools
 import importlib
-import os
+import math
 import sys
 import time
+from functools import partial
+from pathlib import Path
 from typing import Tuple
 
 import jax
@@ -20,77 +23,91 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclasses.dataclass
 class Options:
-    script: str = "magpo_ff.py"  # whose functions train; all other flags are this script's
+    script: Path = Path("magpo_ff.py")  # whose functions train; all other flags are this script's
     seeds: Tuple[int, ...] = (1, 2, 3, 4)  # seeds that train side by side
 
 
-def on_one_device(function):
-    """Maps a function over a leading axis, named "device" as the functions of a script expect."""
-    return jax.vmap(function, axis_name="device")
+def load_script(path):
+    """A script by its path, from the current directory or from the repository."""
+    for folder in (Path.cwd(), ROOT):
+        if path.suffix == ".py" and (folder / path).is_file():
+            sys.path[:0] = [str((folder / path).parent), str(ROOT)]
+            script = importlib.import_module(path.stem)
+            if hasattr(script, "train_iteration"):
+                return script
+    print(f"seeds.py: error: --script {path}: there is no such script", file=sys.stderr)
+    sys.exit(2)
 
 
-def main() -> None:
+def main():
     options, flags = tyro.cli(Options, return_unknown_args=True)
-    script = importlib.import_module(options.script.removesuffix(".py"))
+    script = load_script(options.script)
     args = tyro.cli(script.Args, args=flags)
+    for flag in ("seed", "num_devices", "resume", "distributed", "track", "dry_run"):
+        if getattr(args, flag) != getattr(script.Args, flag):
+            script.refuse(f"--{flag.replace('_', '-')}: not with seeds side by side")
+    if not options.seeds:
+        script.refuse("--seeds: must be one or more")
     args.num_devices = 1
-    script.check_args(args)
+    script.start_jax(args)
+    every_args = [dataclasses.replace(args, seed=seed) for seed in options.seeds]
+    for own_args in every_args:
+        script.check_args(own_args)
     env = script.make_env(args.env_id, args.scenario)
-    guider, learner = script.make_networks(args, env)
-    optimizers = script.make_optimizers(args)
-    parts = (args, env, guider, learner, optimizers)
+    parts = (args, env, *script.make_networks(args, env))
+    folders = [script.open_run(own_args)[0] for own_args in every_args]
 
-    def init(seed):
-        """The keys of `train`, for one device -> state (1, ...), key of the evaluations."""
+    # Everything has a leading axis of seeds, and one of the device: (S, 1, ..). The states are made
+    # seed after seed: side by side the orthogonal matrices would be, too, whose QR then hangs.
+    start = time.time()
+    init = jax.jit(partial(script.init_state, *parts))
+    states, eval_keys = [], []
+    for seed in options.seeds:  # with the keys of `train`
         key, params_key, eval_key = jax.random.split(jax.random.PRNGKey(seed), 3)
-        state = on_one_device(functools.partial(script.init_state, *parts, params_key))
-        return state(jax.random.split(key, 1)), eval_key
+        states.append(init(params_key, jax.random.split(key, 1)[0]))
+        eval_keys.append(eval_key)
+    state = jax.tree.map(lambda *x: jnp.stack(x)[:, None], *states)
+    iterate = jax.vmap(partial(script.train_iteration, *parts), axis_name="device")
+    iterate = jax.jit(jax.vmap(iterate), donate_argnums=0).lower(state).compile()
+    evaluate = jax.jit(jax.vmap(partial(script.evaluate, *parts)))
+    compile_seconds = time.time() - start
 
-    def evaluate(state, eval_key, iteration):
-        keys = jax.random.split(jax.random.fold_in(eval_key, iteration), 1)
-        play = functools.partial(script.evaluate, args, env, guider, learner)
-        return on_one_device(play)(state.params, keys)
-
-    # A leading axis of seeds for everything: (S, 1, ...)
-    state, eval_keys = jax.jit(jax.vmap(init))(jnp.array(options.seeds))
-    iterate = on_one_device(functools.partial(script.train_iteration, *parts))
-    iterate = jax.jit(jax.vmap(iterate), donate_argnums=0)
-    evaluate = jax.jit(jax.vmap(evaluate, in_axes=(0, 0, None)))
-    add = jax.jit(functools.partial(jax.tree.map, jnp.add))
-    loggers = [script.Logger(dataclasses.replace(args, seed=seed)) for seed in options.seeds]
-
-    steps_per_iteration = args.num_envs * args.num_steps
-    num_iterations = args.total_timesteps // steps_per_iteration
-    ends = {-(-num_iterations * i // args.num_evals) for i in range(1, args.num_evals + 1)}
-    iteration = 0
-    for end in [0] + sorted(ends):
-        start = time.time()
-        sums = None
-        interval = end - iteration
-        for _ in range(interval):
+    rows = [[] for _ in options.seeds]
+    sums = [collections.Counter() for _ in options.seeds]
+    num_iterations = args.total_timesteps // (args.num_envs * args.num_steps)
+    for iteration in range(num_iterations + 1):
+        if iteration > 0:
+            start = time.time()
             state, metrics = iterate(state)
-            sums = metrics if sums is None else add(sums, metrics)
-        jax.block_until_ready(state)
-        seconds = time.time() - start
-        episodes = jax.tree.map(np.asarray, evaluate(state, eval_keys, end))
-        for i, logger in enumerate(loggers):
-            row = {"global_step": end * steps_per_iteration}
-            if interval > 0:
-                own = jax.tree.map(lambda x: np.asarray(x)[i, 0], sums)
-                row |= script.train_row(args, own, iteration, interval)
-                row["charts/SPS"] = len(loggers) * interval * steps_per_iteration / seconds
-            row |= script.eval_row(*jax.tree.map(lambda x: x[i], episodes), env.has_win_rate)
-            logger.log(row)
-        iteration = end
-    for i, logger in enumerate(loggers):
-        params = jax.tree.map(lambda x: x[i], state.params)
-        script.save_networks(logger.folder, "", params)
-        logger.close()
+            metrics = jax.tree.map(np.asarray, metrics)
+            seconds = time.time() - start
+            for i, own in enumerate(sums):
+                own.update({name: float(x[i, 0]) for name, x in metrics.items()})
+                own.update(iterations=1, seconds=seconds)
+        if iteration * args.num_evals % num_iterations < args.num_evals:
+            start = time.time()
+            params = jax.tree.map(lambda x: np.asarray(x)[:, 0], state.params)
+            keys = jnp.stack([jax.random.fold_in(key, iteration) for key in eval_keys])
+            results = jax.tree.map(np.asarray, evaluate(params, keys))
+            seconds = time.time() - start
+            for i, seed in enumerate(options.seeds):
+                before = collections.Counter(rows[i][-1] if rows[i] else {})
+                row = script.interval_row(args, iteration, sums[i], before)
+                row |= {name: float(x[i]) for name, x in results.items()}
+                if not math.isfinite(sum(row.values())):
+                    script.refuse(f"seed {seed}: not all is finite: {row}", status=1)
+                row["time/compile_s"] = compile_seconds
+                row["time/eval_s"] = before["time/eval_s"] + seconds
+                rows[i].append(row)
+                sums[i].clear()
+                own_params = jax.tree.map(lambda x: x[i], params)
+                line = script.log(folders[i], None, rows[i], own_params)
+                print(f"seed {seed}: {line}", flush=True)
 
 
 if __name__ == "__main__":

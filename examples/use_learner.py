@@ -2,108 +2,110 @@
 
     python examples/use_learner.py runs/CoordSum-v0__3x10=10__magpo_ff__1__1760000000
 
-As a program it plays one episode in which each agent decides by itself. To copy: `load_learner`,
-`likeliest`, and `decide`, or `decide_with_memory` for magpo_rec.py.
+As a program it plays one episode in which each agent decides by itself. To copy: `load_script` and
+`load_learner`, and `decide`, or `decide_with_memory` for scripts with memory.
 """
 
 import importlib
 import json
-import os
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import unflatten_dict
 from safetensors.numpy import load_file
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path[:0] = [ROOT, os.path.join(ROOT, "baselines")]  # the scripts
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT))  # to tasks.py
 
 
-def load_learner(script, path):
-    """The network and its parameters, whose shapes tell its sizes."""
-    params = unflatten_dict(load_file(path), sep=",")
-    num_actions = params["params"]["Dense_2"]["bias"].shape[-1]
-    hidden_dim = params["params"]["Dense_0"]["bias"].shape[-1]
-    continuous = "AppendLogStd_0" in params["params"]
-    return script.Learner(num_actions, hidden_dim, continuous), params
+def load_script(folder):
+    """The script that made a run, and its flags. It lies in a folder above the run, in the current
+    directory, or in this repository.
+    """
+    about = json.loads((folder / "args.json").read_text())
+    places = [*folder.resolve().parents, Path.cwd(), ROOT, ROOT / "baselines"]
+    beside = [str(place) for place in places if (place / about["script"]).exists()]
+    if not beside:
+        looked = ", ".join(dict.fromkeys(map(str, places)))
+        raise FileNotFoundError(f"there is no {about['script']} in {looked}")
+    sys.path.insert(0, beside[0])
+    script = importlib.import_module(about["script"].removesuffix(".py"))
+    return script, script.Args(**about["args"])
+
+
+def load_learner(script, args, env, path):
+    """The network as the script makes it, and its parameters."""
+    networks = script.make_networks(args, env)
+    (learner,) = (network for network in networks if isinstance(network, script.Learner))
+    return learner, unflatten_dict(load_file(path), sep=",")
 
 
 def params_of_agent(params, agent):
-    """One agent's, where each has its own (HAPPO: stacked to (N, ...)), else those of all."""
+    """One agent's, where each has its own (HAPPO: stacked to (N, ..)), else those of all."""
     if params["params"]["Dense_0"]["bias"].ndim == 1:
         return params
     return jax.tree.map(lambda x: x[agent], params)
 
 
-def likeliest(logits, action_mask):
-    """logits (A,) -> the likeliest legal action; if continuous, (2 A,) -> the mean, before tanh."""
-    num_actions = action_mask.size
-    if logits.size == 2 * num_actions:
-        return logits[:num_actions]
-    return jnp.argmax(jnp.where(action_mask, logits, -jnp.inf))
+def decide(learner, params, obs):
+    """The likeliest action of one agent.
+
+    obs: an Observation of the script, agents_view (O,) with the agent's one-hot id first, and
+    action_mask (A,). Continuous actions are u (A,), and tanh(u), scaled to the bounds, is done.
+    """
+    return learner.apply(params, obs).mode()
 
 
-def decide(learner, params, view, action_mask):
-    """view (O,), the agent's one-hot id first; action_mask (A,) -> action, see `likeliest`."""
-    return likeliest(learner.apply(params, view), action_mask)
-
-
-def decide_with_memory(learner, params, view, action_mask, timestep, hidden):
+def decide_with_memory(learner, params, obs, timestep, hidden):
     """The same with hidden (F,) -> action, hidden for the agent's next step.
 
     timestep: steps since the episode began; at 0 hidden is forgotten, and may be anything.
     """
-    view = view[None, None, None]  # (1, 1, 1, O): one game, one step, one agent
-    logits, hidden = learner.apply(params, view, jnp.full((1, 1), timestep), hidden[None, None])
-    return likeliest(logits[0, 0, 0], action_mask), hidden[0, 0]
+    obs = jax.tree.map(lambda x: x[None, None, None], obs)  # one game, one step, one agent
+    timestep = jnp.reshape(timestep, (1, 1))
+    policy, hidden = learner.apply(params, obs, timestep, hidden[None, None])
+    return policy.mode()[0, 0, 0], hidden[0, 0]
 
 
-def play(team_env, learner, params, has_memory):
-    """One episode of a TeamEnv, agent after agent -> steps, the team's return."""
-    num_agents = team_env.num_agents
-    own_params = [params_of_agent(params, j) for j in range(num_agents)]
-    hidden = [jnp.zeros(learner.hidden_dim)] * num_agents
+def play(env, learner, params, has_memory):
+    """One episode of a TeamEnv, agent after agent -> return, length and won."""
+    agents = range(env.num_agents)
+    own_params = [params_of_agent(params, j) for j in agents]
+    hidden = [jnp.zeros(learner.hidden_dim) for _ in agents]
     choose = jax.jit(decide_with_memory if has_memory else decide, static_argnums=0)
-    step = jax.jit(team_env.step)
-    state, obs = jax.jit(team_env.reset)(jax.random.PRNGKey(0))
-    step_count = 0
-    total = 0.0
+    step = jax.jit(env.step)
+    state = jax.jit(env.reset)(jax.random.PRNGKey(0))
     last = False
     while not last:
         actions = []
-        for j in range(num_agents):
-            view, mask = obs.agents_view[j], obs.action_mask[j]
+        for j in agents:
+            own_obs = jax.tree.map(lambda x: x[j], state.obs)
             if has_memory:
-                past = (float(step_count), hidden[j])
-                action, hidden[j] = choose(learner, own_params[j], view, mask, *past)
+                past = (state.episode["length"], hidden[j])
+                action, hidden[j] = choose(learner, own_params[j], own_obs, *past)
             else:
-                action = choose(learner, own_params[j], view, mask)
+                action = choose(learner, own_params[j], own_obs)
             actions.append(action)
-        # Continuous actions are brought within their bounds here, by `TeamEnv.bounded`.
-        state, outcome = step(state, jnp.stack(actions))
-        obs, last = outcome.obs, bool(outcome.last)
-        step_count += 1
-        total += float(jnp.mean(outcome.reward))
-    return step_count, total
+        state, _, _, last = step(state, jnp.stack(actions))
+    return state.episode
 
 
-def main() -> None:
+def main():
     if len(sys.argv) != 2:
         sys.exit(__doc__)
-    folder = sys.argv[1]
+    folder = Path(sys.argv[1])
     try:
-        with open(os.path.join(folder, "args.json")) as file:
-            about = json.load(file)
-        script = importlib.import_module(about["script"].removesuffix(".py"))
-        env = script.make_env(about["args"]["env_id"], about["args"]["scenario"])
-        learner, params = load_learner(script, os.path.join(folder, "learner.safetensors"))
+        script, args = load_script(folder)
+        env = script.make_env(args.env_id, args.scenario)
+        learner, params = load_learner(script, args, env, folder / "learner.safetensors")
     except Exception as error:  # a damaged file may raise about any
         reason = str(error).partition("\n")[0]
         print(f"use_learner.py: error: {folder}: {reason}", file=sys.stderr)
         sys.exit(2)
-    step_count, total = play(env, learner, params, hasattr(script, "init_hidden"))
-    print(f"{step_count} steps, return {total:.3f}")
+    episode = play(env, learner, params, hasattr(script, "init_hidden"))
+    print(f"{episode['length']:.0f} steps, return {episode['return']:.3f}")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ import importlib
 import importlib.util
 import inspect
 import os
-import types
 
 import jaxlib
 
@@ -16,16 +15,24 @@ if tuple(int(part) for part in jaxlib.__version__.split(".")[:2]) < (0, 11):
     no_emitters = " --xla_cpu_use_fusion_emitters=false"
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + no_emitters
 
-import distrax
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import io_callback
 
 # Files that take minutes come first, so that no worker is left with one of them at the end.
-LONGEST_FIRST = """test_cli test_resume test_environments test_algorithm test_memory test_baselines
-    test_tasks test_devices test_distributed test_examples test_glue""".split()
+LONGEST_FIRST = """test_resume test_cli test_algorithm test_memory test_baselines test_environments
+    test_tasks test_devices test_distributed test_examples test_networks""".split()
+# MAGPO_SCRIPTS=my_algo aims the tests at a copy of a script (names with commas between).
+NAMED = os.environ.get("MAGPO_SCRIPTS", "").replace(",", " ").split()
+SCRIPTS = NAMED or ["magpo_ff", "ctds_ff", "magpo_rec"]
+
+
+def pytest_configure(config):
+    """No script, or one that is named and not there, fails the run: nothing would be tested."""
+    missing = [name for name in NAMED if not importlib.util.find_spec(name)]
+    if missing or not any(map(importlib.util.find_spec, SCRIPTS)):
+        raise pytest.UsageError(f"no script to test: {', '.join(missing or SCRIPTS)}")
 
 
 def pytest_collection_modifyitems(items):
@@ -36,12 +43,12 @@ def pytest_collection_modifyitems(items):
 def scripts_with(*names, feed_forward=False, distinct=False):
     """pytest parameters: the scripts that define all of `names`.
 
-    feed_forward leaves out the script with memory over time; distinct, for what takes long to
+    feed_forward leaves out the scripts with memory over time; distinct, for what takes long to
     compile, leaves out those in which the code of all `names` is that of an earlier script.
     """
-    scripts = ("magpo_ff", "ctds_ff") + (() if feed_forward else ("magpo_rec",))
-    modules = [importlib.import_module(name) for name in scripts if importlib.util.find_spec(name)]
+    modules = [importlib.import_module(name) for name in SCRIPTS if importlib.util.find_spec(name)]
     modules = [module for module in modules if all(hasattr(module, name) for name in names)]
+    modules = [module for module in modules if not (feed_forward and has_memory(module))]
     if distinct:
         sources = [
             [inspect.getsource(getattr(module, name)) for name in names] for module in modules
@@ -53,28 +60,14 @@ def scripts_with(*names, feed_forward=False, distinct=False):
 
 @pytest.fixture(scope="module")
 def double_precision():
-    """Everything in float64, with actions in int32 as ever, so that a difference is an error and no
-    rounding.
+    """Everything in float64, so that a difference is an error and no rounding.
 
     In float32 two ways to compute Sable differ by 1e-3 now and then: agent 0's retention is
     (query . key) value, of which the group norm leaves little more than the sign of query . key,
     and that may be close to 0.
     """
-
-    def with_int32(function):
-        def distribution(*inputs):
-            policy = function(*inputs)
-            if isinstance(policy, distrax.Categorical):
-                return distrax.Categorical(policy.logits, dtype=jnp.int32)
-            return policy
-
-        return distribution
-
     jax.config.update("jax_enable_x64", True)
-    with pytest.MonkeyPatch.context() as patch:
-        for script in (param.values[0] for param in scripts_with("action_distribution")):
-            patch.setattr(script, "action_distribution", with_int32(script.action_distribution))
-        yield
+    yield
     jax.config.update("jax_enable_x64", False)
 
 
@@ -102,6 +95,17 @@ def environ(tmp_path_factory):
     }
 
 
+def has_memory(script):
+    """True for a script whose networks remember earlier steps."""
+    return hasattr(script, "init_hidden")
+
+
+def random_like(seed, tree, scale=1.0):
+    """A tree of arrays of the same shapes, with numbers of order 1 in them."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: jnp.asarray(rng.normal(0, scale, x.shape), float), tree)
+
+
 def random_params(network, seed, *inputs):
     """Parameters of a network for inputs of these shapes: numbers of order 1 in place of the
     network's own start.
@@ -118,80 +122,78 @@ def random_params(network, seed, *inputs):
     return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
-def random_obs(script, seed, batch_size, num_agents, num_actions, num_features=5):
-    """An Observation (M, N, ...) in which each agent has at least one legal action, and about half
+def random_obs(script, seed, batch_shape, num_agents, num_actions, num_features=5):
+    """An Observation (.., N, ..) in which each agent has at least one legal action, and about half
     of the others."""
     rng = np.random.default_rng(seed)
-    mask = rng.random((batch_size, num_agents, num_actions)) < 0.5
-    mask |= np.eye(num_actions, dtype=bool)[
-        rng.integers(num_actions, size=(batch_size, num_agents))
-    ]
-    view = rng.normal(size=(batch_size, num_agents, num_features))
+    shape = (*np.atleast_1d(batch_shape), num_agents)
+    mask = rng.random((*shape, num_actions)) < 0.5
+    mask |= np.eye(num_actions, dtype=bool)[rng.integers(num_actions, size=shape)]
+    view = rng.normal(size=(*shape, num_features))
     return script.Observation(jnp.asarray(view, float), jnp.asarray(mask))
 
 
-def has_memory(script):
-    """True for the script whose networks remember earlier steps."""
-    return hasattr(script, "Hidden")
+def make_guider(script, kind, embed_dim, num_heads, num_blocks, num_actions, continuous=False):
+    """A guider; one with memory decays by 0.8 and trains in chunks of at most four steps."""
+    memory = (0.8, 4) if has_memory(script) else ()
+    sizes = (embed_dim, num_heads, num_blocks)
+    return script.Guider(kind, *sizes, *memory, num_actions, continuous)
 
 
-def make_guider(
-    script, kind, num_agents, num_actions, num_heads, num_blocks, embed_dim, continuous=False
-):
-    """A guider; one with memory decays by 0.8 and trains in chunks of two steps."""
-    others = {"continuous": continuous}
-    if has_memory(script):
-        others |= {"decay_scaling_factor": 0.8, "chunk_steps": 2}
-    return script.Guider(kind, num_agents, num_actions, num_heads, num_blocks, embed_dim, **others)
+def zero_hidden(script, guider, learner, batch_size, num_agents):
+    """The hidden states of guider and learner before an episode; None without memory."""
+    if not has_memory(script):
+        return None
+    args = script.Args(
+        embed_dim=guider.embed_dim, num_heads=guider.num_heads, num_blocks=guider.num_blocks,
+        learner_hidden_dim=learner.hidden_dim,
+    )
+    env = type("Env", (), {"num_agents": num_agents})
+    return script.init_hidden(args, env, batch_size)
 
 
-def random_minibatch(script, seed, guider, learner, num_samples):
-    """A Minibatch with random actions and numbers: of samples, or with memory of half as many
-    sequences of two steps.
+def past(mb, name):
+    """What a network with memory needs besides the observations of a minibatch."""
+    return (mb.timestep, mb.hidden[name]) if hasattr(mb, "timestep") else ()
+
+
+def random_minibatch(script, seed, guider, learner, num_samples, num_agents):
+    """A minibatch with random actions and numbers: of samples, or with memory of half as many
+    sequences of two steps, some of which begin with an episode.
 
     -> minibatch, random parameters.
     """
     rng, memory = np.random.default_rng(seed), has_memory(script)
     shape = (num_samples // 2, 2) if memory else (num_samples,)
-    obs = random_obs(script, seed, num_samples, guider.num_agents, guider.num_actions)
-    obs = jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), obs)
-    fields = {"obs": obs, "action": jnp.argmax(obs.action_mask, axis=-1).astype(jnp.int32)}
+    obs = random_obs(script, seed, shape, num_agents, guider.num_actions)
+    fields = dict.fromkeys(script.Transition._fields)
+    fields |= {"obs": obs, "action": jnp.argmax(obs.action_mask, axis=-1).astype(jnp.int32)}
     if guider.continuous:
-        size = (*shape, guider.num_agents, guider.num_actions)
-        fields["action"] = jnp.asarray(rng.normal(size=size), float)
-    for name in ("behaviour_log_prob", "value", "advantage", "value_target"):
-        fields[name] = jnp.asarray(rng.normal(size=(*shape, guider.num_agents)), float)
+        fields["action"] = random_like(seed + 1, obs.action_mask)
+    for name in ("behaviour_log_prob", "value", "advantage"):
+        fields[name] = jnp.asarray(rng.normal(size=(*shape, num_agents)), float)
     if memory:
-        # some episodes begin with the first step, some with the second
         start = rng.integers(3, size=shape[0])
-        fields["timestep"] = jnp.asarray(
-            np.stack([start, (start + 1) * (start < 2)], axis=1), float
-        )
-        learner_hidden = np.zeros((shape[0], guider.num_agents, learner.hidden_dim))
-        hidden = script.Hidden(guider.apply({}, shape[0], method="init_hidden"), learner_hidden)
-        fields["hidden"] = jax.tree.map(
-            lambda x: jnp.asarray(rng.normal(size=x.shape), float), hidden
-        )
-    mb = script.Minibatch(**fields)
-    inputs = (mb.obs.agents_view, mb.action), (mb.obs.agents_view,)
-    if memory:
-        inputs = [(*x, mb.timestep, hidden) for x, hidden in zip(inputs, mb.hidden)]
-    return mb, script.Pair(
-        random_params(guider, seed, *inputs[0]), random_params(learner, seed + 1, *inputs[1])
-    )
+        timestep = np.stack([start, (start + 1) * (start < 2)], axis=1)
+        hidden = zero_hidden(script, guider, learner, shape[0], num_agents)
+        fields["timestep"] = jnp.asarray(timestep, float)
+        fields["hidden"] = random_like(seed + 2, hidden)
+    mb = script.Transition(**fields)
+    guider_inputs = (mb.obs, mb.action, *past(mb, "guider"))
+    params = {"guider": random_params(guider, seed, *guider_inputs)}
+    params["learner"] = random_params(learner, seed + 1, mb.obs, *past(mb, "learner"))
+    return mb, params
 
 
 def apply_guider(guider, params, mb):
-    """The guider on a minibatch of either kind -> logits, value."""
-    memory = (mb.timestep, mb.hidden.guider) if hasattr(mb, "hidden") else ()
-    return guider.apply(params, mb.obs.agents_view, mb.action, *memory)
+    """The guider on a minibatch of either kind -> policies, value."""
+    return guider.apply(params, mb.obs, mb.action, *past(mb, "guider"))
 
 
 def apply_learner(learner, params, mb):
-    """The learner on a minibatch of either kind -> logits."""
-    if hasattr(mb, "hidden"):
-        return learner.apply(params, mb.obs.agents_view, mb.timestep, mb.hidden.learner)[0]
-    return learner.apply(params, mb.obs.agents_view)
+    """The learner on a minibatch of either kind -> policies."""
+    policy = learner.apply(params, mb.obs, *past(mb, "learner"))
+    return policy[0] if isinstance(policy, tuple) else policy
 
 
 def let_guider_act(script, guider, params, mb, key):
@@ -207,117 +209,47 @@ def let_guider_act(script, guider, params, mb, key):
 
     obs, timestep = jax.tree.map(lambda x: x.swapaxes(0, 1), (mb.obs, mb.timestep))
     keys = jax.random.split(key, timestep.shape[0])
-    _, results = jax.lax.scan(step, mb.hidden.guider, (obs, timestep, keys))
+    _, results = jax.lax.scan(step, mb.hidden["guider"], (obs, timestep, keys))
     action, log_prob, value = (x.swapaxes(0, 1) for x in results)
     return mb._replace(action=action, behaviour_log_prob=log_prob, value=value)
 
 
-# ------------------------------------------------------------ training with stand-ins for its parts
-STAND_IN_STEPS = 32  # of an iteration: 4 environments, 8 steps
+class ScriptedEnv:
+    """Every start state has a number, its tag, and an episode does what the tag says; agents see
+    the tag and the time.
 
-
-class Clock:
-    """In place of the module `time`: time passes only where a stand-in lets it."""
-
-    per_iteration, per_evaluation = 3.0, 5.0
-
-    def __init__(self):
-        self.seconds = 1000.0
-
-    def time(self):
-        return self.seconds
-
-    monotonic = perf_counter = time
-
-    def wait(self, seconds):
-        """Lets time pass where a compiled program is run -> 0, which the program must use."""
-
-        def advance():
-            self.seconds += seconds
-            return np.float32(0)
-
-        return io_callback(advance, jax.ShapeDtypeStruct((), jnp.float32))
-
-
-class RowLogger:
-    """A logger that keeps the rows, what it is shown, and the error that ended the run."""
-
-    def __init__(self):
-        self.rows, self.error = [], None
-        self.saved = []
-        self.log = lambda row: self.rows.append(row) or 0
-        self.is_main, self.folder = True, ""
-        self.total, self.updates = None, []
-
-    def begin(self, done, total):
-        self.total = total
-
-    def update(self, num_steps, global_step, episodes, speed):
-        self.updates.append((num_steps, global_step, float(episodes["number"][0]), speed))
-
-
-def train_with_stand_ins(
-    script, clock, has_win_rate=False, finite_until=1000, stop_after=None, **flags
-):
-    """Runs `train` with functions that cost nothing in place of those it calls -> RowLogger.
-
-    The "parameters" are the keys that the start got and the number of iterations so far. Iteration
-    i has a value loss of i * i, is finite if i <= finite_until, and ends i episodes with a return
-    of 10 i and a length of 20 i in total. Rows hold the parameters and the key that the evaluation
-    got, with the devices first. With stop_after the run is told to stop after so many iterations,
-    and saves: logger.saved lists the iterations at which it would write a checkpoint.
+    The episode takes 1 + tag % 4 steps, is terminated if the tag is odd and truncated if it is
+    even, and is won if the tag is divisible by 3. Step t = 1, 2, .. pays agents t and 3t, a step
+    beyond the end 1000.
     """
 
-    def init_state(args, env, guider, learner, optimizers, params_key, key):
-        fields = dict.fromkeys(script.TrainState._fields, jnp.zeros(()))
-        fields["params"] = {"params_key": params_key, "first_key": key, "iteration": jnp.zeros(())}
-        fields["key"] = key
-        return script.TrainState(**fields)
+    num_agents, num_actions, has_win_rate, continuous = 2, 3, True, False
 
-    def train_iteration(args, env, guider, learner, optimizers, state):
-        iteration = state.params["iteration"] + 1
-        number = iteration + clock.wait(clock.per_iteration)
-        num_updates = args.update_epochs * args.num_minibatches
-        finite = jnp.where(iteration <= finite_until, num_updates, 0.0)
-        metrics = {
-            "losses": {"value_loss": number * number},
-            "num_finite": {"value_loss": finite},
-            "episodes": {"number": number, "return": 10 * number, "length": 20 * number},
-        }
-        return state._replace(params={**state.params, "iteration": iteration}), metrics
+    def __init__(self, script):
+        self.script, self.env = script, self
+        self.example_action = jnp.zeros(2, jnp.int32)
 
-    def evaluate(args, env, guider, learner, params, key):
-        iteration = params["iteration"] + clock.wait(clock.per_evaluation)
-        return {**params, "iteration": iteration}, key
+    def make_state(self, tag, time, episode):
+        # All of one size, so that the norm in front of the networks does not drown the time.
+        view = jnp.stack([jnp.arange(2), jnp.full(2, tag) / 2**22, jnp.full(2, time)], axis=-1)
+        obs = self.script.Observation(view.astype(jnp.float32), jnp.ones((2, 3), bool))
+        return self.script.EnvState({"tag": tag, "time": time}, obs, episode)
 
-    def eval_row(learner_results, guider_results, has_win_rate):
-        row = {"eval/params": learner_results, "eval/key": guider_results}
-        row["eval/learner_return"] = 0.0
-        return row | {"eval/has_win_rate": has_win_rate}
+    def reset(self, key):
+        tag = jax.random.randint(key, (), 1000, 2**23)  # exact in float32
+        zeros = dict.fromkeys(("return", "length", "won"), jnp.zeros(()))
+        return self.make_state(tag, jnp.int32(0), zeros)
 
-    sizes = {"num_envs": 4, "num_steps": 8, "eval_episodes": 4}
-    updates = {"update_epochs": 2, "num_minibatches": 2}
-    args = script.Args(**sizes, **updates, **flags, save=stop_after is not None)
-    env = types.SimpleNamespace(
-        num_agents=2, num_actions=3, continuous=False, has_win_rate=has_win_rate
-    )
-    logger = RowLogger()
+    def step(self, state, action):
+        tag, time = state.game["tag"], state.game["time"] + 1
+        last = time == 1 + tag % 4
+        reward = jnp.where(time > 1 + tag % 4, 1000.0, time * jnp.array([1.0, 3.0]))
+        now = {"return": jnp.mean(reward), "length": 1.0, "won": last & (tag % 3 == 0)}
+        episode = jax.tree.map(jnp.add, state.episode, now)
+        discount = jnp.where(last & (tag % 2 == 1), 0.0, 1.0)
+        return self.make_state(tag, time, episode), reward, discount, last
 
-    def is_set():
-        return stop_after is not None and len(logger.updates) >= stop_after
 
-    def save_checkpoint(folder, tree, progress):
-        logger.saved.append(progress.iteration)
-
-    stop = types.SimpleNamespace(is_set=is_set)
-    with pytest.MonkeyPatch.context() as patch:
-        for stand_in in (init_state, train_iteration, evaluate, eval_row):
-            patch.setattr(script, stand_in.__name__, stand_in)
-        patch.setattr(script, "time", clock)
-        patch.setattr(script, "save_networks", lambda folder, prefix, params: None)
-        patch.setattr(script, "save_checkpoint", save_checkpoint)
-        try:
-            script.train(args, env, jax.local_devices()[: args.num_devices], logger, stop)
-        except script.RunError as error:
-            logger.error = error
-    return logger
+def tags_and_times(obs):
+    view = np.asarray(obs.agents_view)
+    return (view[..., 0, 1] * 2**22).astype(int), view[..., 0, 2].astype(int)

@@ -1,6 +1,6 @@
-"""Tests of the scripts as programs: flags, refusals, what a run writes and prints, and how it
-ends."""
+"""Tests of the scripts as programs: flags, refusals, what a run writes, and how it ends."""
 
+import collections
 import dataclasses
 import inspect
 import json
@@ -11,17 +11,18 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
+import threading
 import types
 
 import jax
 import numpy as np
 import pytest
-from conftest import scripts_with
+import safetensors.numpy
+from conftest import has_memory, scripts_with
 
 ROOT = pathlib.Path(__file__).parent.parent
 SCRIPTS = scripts_with("Args", "main")
-MAGPO = [script for script in SCRIPTS if hasattr(script.values[0], "double_clip")]
+SCRIPT = SCRIPTS[0].values[0]  # for what is the same text in all scripts
 TINY = """--env-id CoordSum-v0 --scenario 2x3-4 --num-envs 4 --num-steps 8 --total-timesteps 128
           --num-evals 2 --eval-episodes 4 --embed-dim 8 --learner-hidden-dim 8 --num-minibatches 2
           --update-epochs 2""".split()
@@ -50,8 +51,8 @@ def losses_of(script):
 # --------------------------------------------------------------------------- flags, in this process
 @pytest.fixture
 def call(monkeypatch, capsys, tmp_path):
-    """call(script, *flags) -> exit status, stdout, stderr of its main, in an empty folder; training
-    is forbidden."""
+    """call(script, *flags) -> exit status, stdout, stderr in an empty folder; none trains."""
+    cache = jax.config.jax_compilation_cache_dir
 
     def main(script, *flags):
         monkeypatch.chdir(tmp_path)
@@ -63,85 +64,53 @@ def call(monkeypatch, capsys, tmp_path):
             status = exit.code
         return status, *capsys.readouterr()
 
-    return main
+    yield main
+    jax.config.update("jax_compilation_cache_dir", cache)
 
 
-BAD_VALUES = """--num-envs -4, --num-envs 0, --total-timesteps 10, --total-timesteps -1,
-                --num-evals 0, --num-evals -1, --eval-episodes 0, --eval-episodes -2, --num-steps 0,
-                --num-steps -8, --num-minibatches 0, --num-minibatches -2, --num-minibatches 3,
-                --update-epochs 0, --embed-dim 0, --num-heads -1, --num-heads 0, --num-blocks 0,
-                --learner-hidden-dim -1, --num-devices -1, --seed -1, --learning-rate -1,
-                --learning-rate 0, --learning-rate nan, --learning-rate inf, --gamma 2,
-                --gamma -0.1, --gamma nan, --gae-lambda 1.1, --gae-lambda nan, --clip-coef 0,
-                --clip-coef nan, --ent-coef -1, --ent-coef nan, --ent-coef inf, --vf-coef -0.5,
-                --vf-coef nan, --max-grad-norm 0, --max-grad-norm nan, --env-id Nope-v0,
-                --env-id Cleaner-v0, --scenario bogus"""
-BAD_VALUES = [
-    entry.strip() for line in BAD_VALUES.splitlines() for entry in line.split(",") if entry.strip()
-]
-BAD_TETHERS = [
-    "--delta 1", "--delta 0.5", "--delta -2", "--delta nan", "--learner-rl-coef -1",
-    "--learner-rl-coef nan",
-]
+BAD_VALUES = """num-envs -4 0, total-timesteps 10 -1, num-evals 0 -1, eval-episodes 0 -2,
+    num-steps 0 -8, num-minibatches 0 -2 3, update-epochs 0, embed-dim 0, num-heads -1 0,
+    num-blocks 0, learner-hidden-dim -1, num-devices -1, seed -1, learning-rate -1 0 nan inf,
+    gamma 2 -0.1 nan, gae-lambda 1.1 nan, clip-coef 0 nan, ent-coef -1 nan inf, vf-coef -0.5 nan,
+    max-grad-norm 0 nan, env-id Nope-v0 Cleaner-v0, scenario bogus"""
+BAD_TETHERS = "delta 1 0.5 -2 nan, learner-rl-coef -1 nan"
+# Chunks have steps, decay does not grow, and minibatches hold whole sequences: there are 64.
+BAD_MEMORY = "chunk-steps -1, decay-scaling-factor -0.1 1.5 nan, num-minibatches 128"
+# A scenario that the environment does not have or cannot build; heads share the guider's width.
+BAD_PAIRS = """--env-id RobotWarehouse-v0 --scenario bogus
+    --env-id LevelBasedForaging-v0 --scenario bogus
+    --env-id Connector-v3 --scenario bogus
+    --env-id RobotWarehouse-v0 --scenario tiny-1ag-hard
+    --env-id LevelBasedForaging-v0 --scenario 3x3-2p-2f
+    --env-id Snake-v1 --scenario con-5x5x3a
+    --num-heads 3 --embed-dim 10"""
 
 
-def check_refusal(flag, value, status, out, err, folder):
+def bad_flags(script):
+    """What main() has to refuse: a flag with a value, or two of which the last is named."""
+    text = BAD_VALUES + (f", {BAD_TETHERS}" if hasattr(script, "double_clip") else "")
+    text += f", {BAD_MEMORY}" if has_memory(script) else ""
+    entries = [entry.split() for entry in text.split(",")]
+    singles = [f"--{flag} {value}" for flag, *values in entries for value in values]
+    return singles + [line.strip() for line in BAD_PAIRS.splitlines()]
+
+
+BAD = [
+    pytest.param(script, flags, id=f"{script.__name__}-{flags}")
+    for (script,) in (parameter.values for parameter in SCRIPTS) for flags in bad_flags(script)]
+
+
+@pytest.mark.parametrize("script, flags", BAD)
+def test_bad_value(script, flags, call, tmp_path):
+    """Exit status 2, one line that names flag and value, nothing on stdout, no folder."""
+    status, out, err = call(script, *flags.split())
+    flag, value = flags.split()[-2:]
     assert (status, out) == (2, "")
     assert len(err.splitlines()) == 1 and err.endswith("\n"), err
     named = re.search(rf"{flag} ([^\s:,]+)", err)
     assert named and (named[1] == value or float(named[1]) == float(value)), err
-    assert list(folder.iterdir()) == []
-
-
-@pytest.mark.parametrize("bad", BAD_VALUES)
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_bad_value(script, bad, call, tmp_path):
-    """An impossible value: exit status 2, one line that names flag and value, nothing on stdout, no
-    folder."""
-    check_refusal(*bad.split(), *call(script, *bad.split()), tmp_path)
-
-
-@pytest.mark.parametrize("bad", BAD_TETHERS)
-@pytest.mark.parametrize("script", MAGPO)
-def test_bad_tether(script, bad, call, tmp_path):
-    """delta must be above 1 and lambda not negative."""
-    check_refusal(*bad.split(), *call(script, *bad.split()), tmp_path)
-
-
-@pytest.mark.parametrize(
-    "env_id, scenario",
-    [
-        ("RobotWarehouse-v0", "bogus"), ("LevelBasedForaging-v0", "bogus"),
-        ("Connector-v3", "bogus"), ("CoordSum-v0", "bogus"), ("RobotWarehouse-v0", "tiny-1ag-hard"),
-        ("LevelBasedForaging-v0", "3x3-2p-2f"), ("Snake-v1", "con-5x5x3a"),
-    ],
-)
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_bad_scenario(script, env_id, scenario, call, tmp_path):
-    """A scenario that the environment does not have or cannot build is refused like a bad value."""
-    check_refusal(
-        "--scenario", scenario, *call(script, "--env-id", env_id, "--scenario", scenario), tmp_path
-    )
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_heads_share_the_width(script, call, tmp_path):
-    """The guider's width must be divisible by its heads; both flags are named."""
-    status, out, err = call(script, "--embed-dim", "10", "--num-heads", "3")
-    check_refusal("--embed-dim", "10", status, out, err, tmp_path)
-    assert "--num-heads 3" in err
-
-
-@pytest.mark.parametrize("bad", [
-    "--chunk-steps -1", "--chunk-steps 3", "--chunk-steps 256", "--decay-scaling-factor -0.1",
-    "--decay-scaling-factor 1.5", "--decay-scaling-factor nan", "--num-minibatches 128"])
-@pytest.mark.parametrize(
-    "script", [script for script in SCRIPTS if hasattr(script.values[0], "Hidden")]
-)
-def test_bad_memory(script, bad, call, tmp_path):
-    """Chunks divide the rollout, decay does not grow, and minibatches hold whole sequences: there
-    are 64."""
-    check_refusal(*bad.split(), *call(script, *bad.split()), tmp_path)
+    assert flag != "--embed-dim" or value == "0" or "--num-heads" in err
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -150,14 +119,11 @@ def test_help(script, call):
     status, out, err = call(script, "--help")
     assert (status, err) == (0, "")
     lines = [line.strip(" │|") for line in out.splitlines()]
-    chunks = re.split(r"^--", "\n".join(lines), flags=re.M)[1:]
     texts = {}
-    for chunk in chunks:
-        flag, rest = re.match(r"([a-z-]+)(.*)", chunk, re.S).groups()
-        rest = re.sub(r"^, --no-[a-z-]+", "", rest)
-        texts[flag] = re.sub(
-            r"\(default:.*", "", re.sub(r"^ (?:[A-Z{]\S*)", "", rest), flags=re.S
-        ).strip()
+    for chunk in re.split(r"^--", "\n".join(lines), flags=re.M)[1:]:
+        flag, rest = re.match(r"([a-z-]+)(?:, --no-[a-z-]+)?(.*)", chunk, re.S).groups()
+        rest = re.sub(r"^ [A-Z{]\S*", "", rest)
+        texts[flag] = re.sub(r"\(default:.*", "", rest, flags=re.S)
     fields = {field.name.replace("_", "-") for field in dataclasses.fields(script.Args)}
     assert fields <= texts.keys()
     assert {flag for flag in fields if len(re.findall("[a-z]", texts[flag])) < 8} == set()
@@ -172,24 +138,17 @@ def test_every_flag_is_read(script):
     assert [name for name in fields if not re.search(rf"\bargs\.{name}\b", source)] == []
 
 
-@pytest.mark.parametrize(
-    "flags, names",
-    [
-        ("--num-evals 1", ["CoordSum-v0", "3 agents", "10 actions"]),
-        (
-            "--env-id LevelBasedForaging-v0 --scenario 8x8-2p-2f-coop",
-            ["LevelBasedForaging-v0 8x8-2p-2f-coop", "2 agents"],
-        ),
-    ],
-)
+@pytest.mark.parametrize("flags, task", [
+    ("--num-evals 1", "CoordSum-v0 -, 3 agents"),
+    ("--env-id LevelBasedForaging-v0 --scenario 8x8-2p-2f-coop",
+     "LevelBasedForaging-v0 8x8-2p-2f-coop, 2 agents")])
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_dry_run(script, flags, names, call, monkeypatch, tmp_path):
-    """--dry-run says in one line what would run, and compiles no network, makes no folder, trains
-    nothing."""
+def test_dry_run(script, flags, task, call, monkeypatch, tmp_path):
+    """--dry-run says what would run; it compiles nothing, makes no folder, trains nothing."""
     monkeypatch.setattr(jax, "pmap", lambda *_, **__: pytest.fail("a device program was made"))
     status, out, err = call(script, "--dry-run", *flags.split())
     assert (status, err, len(out.splitlines())) == (0, "", 1)
-    assert all(name in out for name in names), out
+    assert task in out
     assert list(tmp_path.iterdir()) == []
 
 
@@ -202,60 +161,56 @@ def test_delta_inf_is_allowed(script, call):
 
 # ---------------------------------------------------------------------------- rows, in this process
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_win_rate_only_where_there_is_one(script):
-    """The evaluation row holds means over episodes, and a win rate only for environments that have
-    one."""
-    learner = script.Episodes([1.0, 3.0], [10.0, 20.0], [0.0, 1.0], [1.0, 1.0])
-    guider = script.Episodes([4.0, 6.0], [1.0, 1.0], [1.0, 1.0], [1.0, 1.0])
-    results = jax.tree.map(np.array, (learner, guider), is_leaf=lambda x: isinstance(x, list))
-    row = script.eval_row(*results, True)
-    assert row.keys() == EVAL | WIN_RATE and script.eval_row(*results, False).keys() == EVAL
-    expected = {
-        "learner_return": 2, "learner_return_std": 1, "guider_return": 5, "imitation_gap": 3,
-        "episodic_length": 15, "win_rate": 0.5,
+def test_rows_of_an_interval(script):
+    """Means over iterations, sums over episodes, speed over what training took."""
+    args = script.Args(num_envs=4, num_steps=8)
+    sums = {"losses/value_loss": 6.0, "charts/learning_rate": 0.3, "iterations": 3, "seconds": 2.0}
+    sums = collections.Counter(sums | {"episodes": 4.0, "return": 10.0, "length": 80.0, "won": 1.0})
+    before = collections.Counter({"time/train_s": 5.0, "losses/value_loss": 9.0})
+    assert script.interval_row(args, 7, sums, before) == {
+        "losses/value_loss": 2.0, "charts/learning_rate": pytest.approx(0.1), "global_step": 224,
+        "time/train_s": 7.0, "charts/SPS": 48.0, "charts/num_episodes": 4.0,
+        "charts/episodic_return": 2.5, "charts/episodic_length": 20.0,
     }
-    assert row == {f"eval/{name}": x for name, x in expected.items()}
+    nothing = script.interval_row(args, 0, collections.Counter(), collections.Counter())
+    assert nothing == {"global_step": 0, "time/train_s": 0}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_learning_rate(script):
-    """The learning rate stays, or falls linearly with --anneal-lr: whole at the first iteration,
-    never 0."""
-    args = script.Args(num_envs=4, num_steps=8, total_timesteps=140, learning_rate=0.5)
-    assert [script.learning_rate(args, i) for i in range(4)] == [0.5] * 4
-    args = dataclasses.replace(args, anneal_lr=True)
-    assert [float(script.learning_rate(args, i)) for i in range(4)] == [0.5, 0.375, 0.25, 0.125]
+def test_log(script, tmp_path):
+    """All rows are written anew, the best networks are those of the best evaluation (of equals the
+    later one), and wandb gets the newest row at its global_step."""
+    tracked = []
+    tracker = types.SimpleNamespace(log=lambda row, step: tracked.append((step, row)))
+    rows = []
+    for step, learner_return in enumerate([2.0, 3.0, 3.0, 1.0]):
+        row = {"global_step": step, "eval/learner_return": learner_return, "eval/guider_return": 4}
+        rows.append(row)
+        params = {"learner": {"params": {"out": {"bias": np.full(2, step, np.float32)}}}}
+        line = script.log(tmp_path, tracker, rows, params)
+    written = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in written] == rows == [row for _, row in tracked]
+    assert [step for step, _ in tracked] == [0, 1, 2, 3]
+    assert line == "global_step=3  learner 1.00  guider 4.00  SPS 0"
+    for file, step in (("learner", 3), ("best_learner", 2)):
+        arrays = safetensors.numpy.load_file(tmp_path / f"{file}.safetensors")
+        np.testing.assert_array_equal(arrays["params,out,bias"], [step, step])
+    check_png(tmp_path / "learning_curve.png")
+    assert len(list(tmp_path.iterdir())) == 4
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_wandb_gets_the_same_rows(script, monkeypatch, tmp_path, capsys):
-    """wandb is given the flags, and the row of metrics.jsonl at its global_step; it is finished at
-    the end."""
-    logged, given = [], {}
-
-    def init(**kwargs):
-        given.update(kwargs)
-        return types.SimpleNamespace(
-            log=lambda row, step: logged.append((step, dict(row))), id="an id",
-            finish=lambda: logged.append("finish"),
-        )
-
-    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
-    args = script.Args(run_dir=str(tmp_path), track=True, num_devices=1)
-    args = dataclasses.replace(args, wandb_project_name="project", wandb_entity="team")
-    logger = script.Logger(args)
-    row = {
-        "global_step": 64, "eval/learner_return": 1.5, "eval/guider_return": 2.5,
-        "losses/value_loss": 0.25,
-    }
-    logger.log(row)
-    logger.close()
-    (folder,) = tmp_path.iterdir()
-    assert (
-        logged == [(64, json.loads((folder / "metrics.jsonl").read_text())), "finish"]
-        and logged[0][1] == row
-    )
-    assert (given["project"], given["entity"], given["name"]) == ("project", "team", folder.name)
+def test_two_runs_in_one_second(script, monkeypatch, tmp_path):
+    """The second run takes the next free name; a folder that cannot be made is refused by flag."""
+    monkeypatch.setattr(script, "time", types.SimpleNamespace(time=lambda: 1000.5))
+    args = script.Args(run_dir=str(tmp_path / "runs"), num_devices=1, env_id="module:Mine-v0")
+    names = [script.open_run(args)[0].name for _ in range(3)]
+    stem = f"module_Mine-v0____{script.__name__}__1__"
+    assert names == [f"{stem}1000", f"{stem}1001", f"{stem}1002"]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as exit:
+        script.open_run(dataclasses.replace(args, run_dir=str(tmp_path / "file")))
+    assert exit.value.code == 2
 
 
 def test_every_metric_is_documented():
@@ -270,20 +225,15 @@ def run(path, flags, folder, environ):
     """Runs a script in a folder -> the finished process."""
     command = [sys.executable, str(path), *flags]
     return subprocess.run(
-        command, cwd=folder, env=environ, capture_output=True, text=True, timeout=400
-    )
+        command, cwd=folder, env=environ, capture_output=True, text=True, timeout=400)
 
 
 def read_rows(run_dir):
-    """The rows of the only run in a folder; every line must be complete JSON without NaN."""
-    (folder,) = pathlib.Path(run_dir).iterdir()
-
-    def refuse(constant):
-        raise ValueError(f"{constant} is no JSON")
-
+    """The rows of the only run in a folder; every line must be complete JSON."""
+    (folder,) = [path for path in pathlib.Path(run_dir).iterdir() if path.name != ".jax_cache"]
     text = (folder / "metrics.jsonl").read_text()
-    assert text.endswith("\n")
-    return folder, [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
+    assert text.endswith("\n") and not re.search("NaN|Infinity", text)
+    return folder, [json.loads(line) for line in text.splitlines()]
 
 
 def check_png(path):
@@ -296,67 +246,45 @@ def smoke(request, environ, tmp_path_factory):
     folder, script = tmp_path_factory.mktemp("smoke"), request.param
     flags = [*TINY, "--run-dir", "out", "--seed", "7"]
     flags += ["--guider", "mat"] if hasattr(script.Args, "guider") else []
-    flags += ["--track"] if script is MAGPO[0].values[0] else []
+    flags += ["--track"] if script is SCRIPT else []
     done = run(script.__file__, flags, folder, environ)
     assert done.returncode == 0, done.stderr
     return script, done, *read_rows(folder / "out")
 
 
 def test_smoke_files(smoke):
-    """A run leaves its flags, versions, devices and command, its metrics and a picture, in a folder
-    named after it."""
+    """A run leaves its flags, versions and command, its metrics and a picture, in a folder named
+    after it; with --track a Weights & Biases run, too, that needs no account."""
     script, done, folder, _ = smoke
     assert re.fullmatch(rf"CoordSum-v0__2x3-4__{script.__name__}__7__\d+", folder.name)
     about = json.loads((folder / "args.json").read_text())
     assert about["args"].keys() == {field.name for field in dataclasses.fields(script.Args)}
-    assert (about["args"]["num_envs"], about["args"]["num_devices"], about["args"]["seed"]) == (
-        4, 1, 7,
-    )
-    assert about["versions"]["jax"] == jax.__version__ and len(about["devices"]) == 1
-    assert "--scenario 2x3-4" in about["command"]
+    assert about["args"].items() >= {"num_envs": 4, "num_devices": 1, "seed": 7}.items()
+    assert about["versions"]["jax"] == jax.__version__
+    assert "--scenario 2x3-4" in " ".join(about["command"])
     check_png(folder / "learning_curve.png")
-
-
-def test_smoke_tracked(smoke):
-    """With --track there is a Weights & Biases run that needs no account; without it there is
-    none."""
-    script, _, folder, _ = smoke
-    assert len(list(folder.glob("wandb/offline-run-*/run-*.wandb"))) == (
-        script is MAGPO[0].values[0]
-    )
+    runs = list(folder.parent.parent.glob("wandb/offline-run-*/run-*.wandb"))
+    assert len(runs) == (script is SCRIPT)
 
 
 def test_smoke_rows(smoke):
-    """Evaluation comes first, at step 0, then after each interval with exactly the documented
-    metrics."""
+    """The documented metrics, finite, and right where they are known; evaluation comes first."""
     script, _, _, rows = smoke
     assert [row["global_step"] for row in rows] == [0, 64, 128]
     assert rows[0].keys() == {"global_step"} | EVAL | TIME
-    for row in rows[1:]:  # episodes take 100 steps, so none ends within 32
-        assert row.keys() == {"global_step"} | CHARTS | EVAL | losses_of(script) | TIME
-        assert row["charts/num_episodes"] == 0
-
-
-def test_smoke_values(smoke):
-    """All values are finite numbers, and those that are known beforehand are right."""
-    _, _, _, rows = smoke
-    assert all(
-        isinstance(x, (int, float)) and math.isfinite(x) for row in rows for x in row.values()
-    )
+    assert all(math.isfinite(x) for row in rows for x in row.values())
     for row in rows:
         assert row["eval/episodic_length"] == 100 and 0 <= row["eval/learner_return"] <= 200
-        assert row["eval/imitation_gap"] == pytest.approx(
-            row["eval/guider_return"] - row["eval/learner_return"]
-        )
+        gap = row["eval/guider_return"] - row["eval/learner_return"]
+        assert row["eval/imitation_gap"] == pytest.approx(gap)
     for row in rows[1:]:
+        assert row.keys() == {"global_step"} | CHARTS | EVAL | losses_of(script) | TIME
+        assert row["charts/num_episodes"] == 0  # they take 100 steps, so none ends within 32
         assert row["losses/first_ratio"] == pytest.approx(1, abs=1e-4)
+        assert row["charts/learning_rate"] == pytest.approx(1e-3)
         assert 0 < row["losses/guider_entropy"] <= math.log(3) + 1e-4
-        assert (
-            row["charts/SPS"] > 0
-            and row["losses/guider_grad_norm"] > 0
-            and row["losses/learner_grad_norm"] > 0
-        )
-    assert [row["charts/learning_rate"] for row in rows[1:]] == [1e-3, 1e-3]
+        positive = ("charts/SPS", "losses/guider_grad_norm", "losses/learner_grad_norm")
+        assert all(row[name] > 0 for name in positive)
     assert rows[2]["time/train_s"] > rows[1]["time/train_s"] > rows[0]["time/train_s"] == 0
     assert rows[2]["time/eval_s"] > rows[1]["time/eval_s"] > rows[0]["time/eval_s"] > 0
 
@@ -365,151 +293,80 @@ def test_smoke_prints_plain_lines(smoke):
     """Without a terminal there is one plain line for each evaluation, and no progress bar."""
     script, done, folder, rows = smoke
     lines = done.stdout.splitlines()
-    assert lines[0].startswith(f"{script.__name__}.py: CoordSum-v0 2x3-4, 2 agents, 3 actions")
+    assert lines[0] == f"{script.__name__}.py: CoordSum-v0 2x3-4, 2 agents, 1 x cpu"
     assert [int(x) for x in re.findall(r"^global_step=(\d+)  ", done.stdout, re.M)] == [0, 64, 128]
     assert f"{rows[2]['eval/learner_return']:.2f}" in lines[3] and folder.name in lines[-1]
-    assert (
-        "\r" not in done.stdout + done.stderr
-        and "\x1b" not in done.stdout
-        and "step/s" not in done.stderr
-    )
+    assert not re.search("\r|\x1b|step/s", done.stdout)
+    assert not re.search("\r|step/s", done.stderr)
 
 
-@pytest.fixture(scope="module")
-def alone(environ, tmp_path_factory):
-    """Finished process, folder and rows of a copy of the script with nothing beside it; two
-    episodes of 100 steps."""
-    folder, script = tmp_path_factory.mktemp("alone"), MAGPO[0].values[0]
-    copy = shutil.copy(script.__file__, folder / "mine.py")
+def test_alone(environ, tmp_path):
+    """A copy in an empty folder trains on a Jumanji environment, for whole iterations, and logs its
+    episodes. A scenario needs tasks.py, and is refused in one line."""
+    copy = shutil.copy(SCRIPT.__file__, tmp_path / "mine.py")
+    environ = {name: value for name, value in environ.items() if name != "PYTHONPATH"}
     flags = """--env-id LevelBasedForaging-v0 --num-envs 2 --num-steps 128 --num-evals 1
                --total-timesteps 300 --eval-episodes 2 --embed-dim 4 --learner-hidden-dim 4
                --num-minibatches 1 --update-epochs 1 --guider sable --run-dir out""".split()
-    done = run(copy, flags, folder, {k: v for k, v in environ.items() if k != "PYTHONPATH"})
-    assert done.returncode == 0, done.stderr
-    return done, *read_rows(folder / "out")
-
-
-def test_alone(alone):
-    """The script copied to an empty folder trains on a Jumanji environment; what does not fill an
-    iteration is left."""
-    done, folder, rows = alone
-    assert folder.name.startswith("LevelBasedForaging-v0____mine__1__") and done.stderr == ""
+    done = run(copy, flags, tmp_path, environ)
+    assert (done.returncode, done.stderr) == (0, "")
+    folder, rows = read_rows(tmp_path / "out")
+    assert folder.name.startswith("LevelBasedForaging-v0____mine__1__")
     assert [row["global_step"] for row in rows] == [0, 256]
     check_png(folder / "learning_curve.png")
-
-
-def test_alone_episodes(alone):
-    """Where episodes ended, their number, mean return and mean length are logged."""
-    row = alone[2][1]
-    assert row.keys() == {"global_step"} | CHARTS | EPISODES | EVAL | LOSSES | TIME
+    row = rows[1]
+    assert row.keys() == {"global_step"} | CHARTS | EPISODES | EVAL | losses_of(SCRIPT) | TIME
     assert row["charts/num_episodes"] >= 2
     assert 0 <= row["charts/episodic_return"] <= 1 and 0 < row["charts/episodic_length"] <= 100
     assert row["losses/first_ratio"] == pytest.approx(1, abs=1e-4)
 
-
-def test_alone_without_tasks(environ, tmp_path):
-    """Where tasks.py is not beside the script, a scenario is refused in one line."""
-    copy = shutil.copy(MAGPO[0].values[0].__file__, tmp_path / "mine.py")
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    alone = {name: value for name, value in environ.items() if name != "PYTHONPATH"}
-    done = run(copy, ["--env-id", "RobotWarehouse-v0", "--scenario", "tiny-2ag"], elsewhere, alone)
-    check_refusal("--scenario", "tiny-2ag", done.returncode, done.stdout, done.stderr, elsewhere)
-    assert "tasks" in done.stderr
+    done = run(copy, ["--env-id", "RobotWarehouse-v0", "--scenario", "tiny-2ag"], tmp_path, environ)
+    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
+    assert "--scenario tiny-2ag" in done.stderr and "tasks.py" in done.stderr
 
 
 @pytest.mark.slow
-def test_my_env_on_two_devices(environ, tmp_path):
-    """A module is imported after the CPU is split into devices; its environment has a win rate."""
-    flags = """--env-id examples.my_env:Meet-v0 --num-devices 2 --num-envs 4 --num-steps 16
-               --total-timesteps 64 --num-evals 1 --eval-episodes 2 --embed-dim 4
-               --learner-hidden-dim 4 --update-epochs 1 --guider mat --run-dir out""".split()
-    done = run(MAGPO[0].values[0].__file__, flags, tmp_path, environ)
-    assert done.returncode == 0, done.stderr
-    folder, rows = read_rows(tmp_path / "out")
-    assert len(json.loads((folder / "args.json").read_text())["devices"]) == 2
-    assert [row["global_step"] for row in rows] == [0, 64]
-    assert rows[1].keys() == {"global_step"} | CHARTS | EPISODES | EVAL | WIN_RATE | LOSSES | TIME
-
-
-BROKEN = """
-import jumanji
-
-class Broken(jumanji.environments.Snake):
-    def reset(self, key):
-        raise ValueError("the well is dry")
-
-jumanji.register(id="Broken-v0", entry_point=f"{__name__}:Broken")
-"""
-
-
-def test_error_inside_an_environment(environ, tmp_path):
-    """An error in an environment of the current directory comes with its traceback."""
-    (tmp_path / "my_broken.py").write_text(BROKEN)
-    flags = ["--env-id", "my_broken:Broken-v0"]
-    done = run(MAGPO[0].values[0].__file__, flags, tmp_path, environ)
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith("Traceback") and "my_broken.py" in done.stderr
-    assert "ValueError: the well is dry\n" in done.stderr and "--env-id" not in done.stderr
-
-
-@pytest.mark.parametrize("script", MAGPO[:1])
-def test_interrupt(script, environ, tmp_path):
-    """Ctrl-C: exit status 130, one short line on stderr, whole lines of metrics and a learning
-    curve."""
-    flags = [
-        *TINY, "--guider", "mat", "--run-dir", "out", "--total-timesteps", "64000000",
-        "--num-evals", "1000000",
-    ]
-    # a child inherits SIG_IGN, but no handler
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    process = subprocess.Popen(
-        [sys.executable, script.__file__, *flags], cwd=tmp_path, env=environ, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )
-    signal.signal(signal.SIGINT, before)
-    try:
-        while not process.stdout.readline().startswith("global_step=64 "):
-            assert process.poll() is None, process.stderr.read()
-        process.send_signal(signal.SIGINT)
-        start = time.time()
-        out, err = process.communicate(timeout=60)
-        assert time.time() - start < 30
-    finally:
-        process.kill()
-    folder, rows = read_rows(tmp_path / "out")
-    goes_on = f"--resume {pathlib.Path('out') / folder.name} goes on"
-    assert (process.returncode, err) == (130, f"{script.__name__}.py: interrupted, {goes_on}\n")
-    assert len(rows) >= 2 and rows[1]["global_step"] == 64 and folder.name in out
-    check_png(folder / "learning_curve.png")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("script", MAGPO[:1])
-def test_not_a_number(script, environ, tmp_path):
-    """A loss that is not finite: exit status 1, one line with the term and the iteration; earlier
-    rows are kept."""
+def test_not_a_number(environ, tmp_path):
+    """A loss that is not finite: status 1, one line that names it; earlier rows are kept."""
     flags = [*TINY, "--run-dir", "out", "--guider", "mat", "--learning-rate", "1e30"]
-    done = run(script.__file__, flags, tmp_path, environ)
+    done = run(SCRIPT.__file__, flags, tmp_path, environ)
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
-    term, iteration = re.search(
-        r"(losses/\w+) is not finite in iteration (\d+)", done.stderr
-    ).groups()
-    assert term in LOSSES and iteration == "1"
+    assert "not all is finite in iteration 1" in done.stderr and "nan" in done.stderr
     folder, rows = read_rows(tmp_path / "out")
     assert [row["global_step"] for row in rows] == [0]
     check_png(folder / "learning_curve.png")
 
 
-@pytest.mark.parametrize(
-    "flags, flag, value",
-    [
-        ("--delta 1", "--delta", "1"), ("--num-devices 99", "--num-devices", "99"),
-        ("--num-envs 3 --num-devices 2", "--num-envs", "3"),
-        ("--eval-episodes 5 --num-devices 2", "--eval-episodes", "5"),
-    ],
-)
-def test_bad_value_as_a_process(flags, flag, value, environ, tmp_path):
-    """The exit status reaches the shell; work that the devices cannot share is refused."""
-    done = run(MAGPO[0].values[0].__file__, flags.split(), tmp_path, environ)
-    check_refusal(flag, value, done.returncode, done.stdout, done.stderr, tmp_path)
+@pytest.mark.parametrize("variables, flags, text", [
+    ({}, "--num-devices 99", "--num-devices 99"),
+    ({}, "--num-envs 3 --num-devices 2", "--num-envs 3: "),
+    ({"JAX_PLATFORMS": "cuda"}, "", "JAX_PLATFORMS"),
+    ({"JAX_DISABLE_JIT": "1"}, "", "JAX_DISABLE_JIT"),
+    ({"WANDB_MODE": "online", "WANDB_API_KEY": ""}, "--track", "--track"),
+])
+def test_surroundings_that_do_not_work(variables, flags, text, environ, tmp_path):
+    """Too few devices, no GPU, no compiler, no login: one line, status 2, no folder."""
+    done = run(SCRIPT.__file__, flags.split(), tmp_path, environ | variables)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert text in done.stderr and list(tmp_path.glob("runs/CoordSum*")) == []
+
+
+@pytest.mark.parametrize("env_id, scenario", [
+    ("RobotWarehouse-v0", ""), ("Connector-v3", "con-5x5x3a"), ("SMAX", "2s3z")])
+def test_double_precision_is_ignored(env_id, scenario, environ, tmp_path):
+    """JAX_ENABLE_X64=1, of which some environments know nothing, changes nothing."""
+    flags = ["--dry-run", "--env-id", env_id, "--scenario", scenario]
+    x64 = environ | {"JAX_ENABLE_X64": "1"}
+    done = run(SCRIPT.__file__, flags, tmp_path, x64)
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+
+
+def test_main_leaves_signals_alone(call):
+    """Called from another program main() sets no handler, and it works in a thread."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+    before, results = [signal.getsignal(number) for number in numbers], []
+    thread = threading.Thread(target=lambda: results.append(call(SCRIPT, "--dry-run")[0]))
+    thread.start()
+    thread.join()
+    assert results == [0]
+    assert [signal.getsignal(number) for number in numbers] == before

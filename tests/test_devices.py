@@ -10,11 +10,12 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 
 import pytest
-from conftest import Clock, make_guider, random_minibatch, scripts_with, train_with_stand_ins
+from conftest import make_guider, random_minibatch, scripts_with
 
-GRADIENT = scripts_with("minibatch_loss", "Minibatch", "Learner")
+GRADIENT = scripts_with("minibatch_loss", "Transition", "Guider")
 TRAINING = scripts_with("init_state", "collect", "train_iteration", distinct=True)
 LOOP = scripts_with("train", "train_iteration", "evaluate")
 
@@ -26,8 +27,8 @@ def gradient_difference(script):
     import jax.numpy as jnp
     import numpy as np
 
-    guider, learner = make_guider(script, "mat", 2, 4, 1, 1, 8), script.Learner(4, 8)
-    mb, params = random_minibatch(script, 0, guider, learner, 32)
+    guider, learner = make_guider(script, "mat", 8, 1, 1, 4), script.Learner(8, 4, False)
+    mb, params = random_minibatch(script, 0, guider, learner, 32, 2)
     half = jnp.arange(len(mb.action)) >= len(mb.action) // 2
     # so that the devices' means differ
     shift = jnp.where(half, 3.0, 0.0).reshape(-1, *[1] * (mb.action.ndim - 1))
@@ -56,50 +57,46 @@ def train_on_two(script):
     import numpy as np
 
     args = script.Args(
-        num_envs=8, num_steps=4, num_devices=2, update_epochs=2, embed_dim=4, learner_hidden_dim=4
-    )
+        num_envs=8, num_steps=4, num_devices=2, update_epochs=2, embed_dim=4, learner_hidden_dim=4)
     env = script.make_env("CoordSum-v0", "2x4-5")
-    parts = (args, env, *script.make_networks(args, env), script.make_optimizers(args))
+    parts = (args, env, *script.make_networks(args, env))
     keys = jax.random.split(jax.random.PRNGKey(0), 2)
-    before = jax.pmap(functools.partial(script.init_state, *parts), in_axes=(None, 0))(
-        jax.random.PRNGKey(1), keys
-    )
-    after, metrics = jax.pmap(
-        functools.partial(script.train_iteration, *parts), axis_name="device"
-    )(before)
+    init = jax.pmap(functools.partial(script.init_state, *parts), in_axes=(None, 0))
+    before = init(jax.random.PRNGKey(1), keys)
+    iterate = functools.partial(script.train_iteration, *parts)
+    after, metrics = jax.pmap(iterate, axis_name="device")(before)
 
     def same(tree):
         return all(np.array_equal(x[0], x[1]) for x in jax.tree.leaves(tree))
 
+    matrices = [
+        [x for x in jax.tree.leaves(state.params) if x.ndim > 2] for state in (before, after)]
+    views = after.env_state.obs.agents_view
     return {
         "parameters equal at the start": same(before.params),
         "parameters equal": same((after.params, after.opt_state)), "metrics equal": same(metrics),
-        "parameters moved": not any(
-            np.array_equal(x, y)
-            for x, y in zip(
-                *(
-                    [p for p in jax.tree.leaves(state.params) if p.ndim > 2]
-                    for state in (before, after)
-                )
-            )
-        ),
-        "start states equal": same(before.obs.agents_view),
-        "observations equal": same(after.obs.agents_view),
-        "actions equal": same(after.env_state.counts.sum(axis=2)),  # how often agent 0 played what
-        "keys equal": same(after.key),
-        "shape of observations": list(after.obs.agents_view.shape[:3]),
+        "parameters moved": not any(np.array_equal(x, y) for x, y in zip(*matrices)),
+        "start states equal": same(before.env_state.obs.agents_view),
+        "observations equal": same(views),
+        # how often agent 0 played what
+        "actions equal": same(after.env_state.game.counts.sum(axis=2)),
+        "keys equal": same(after.key), "shape of observations": list(views.shape[:3]),
     }
 
 
 def keys_of_two(script):
-    """The keys that `train` gives two devices: lists with an entry for each."""
-    logger = train_with_stand_ins(script, Clock(), num_devices=2, num_evals=2, total_timesteps=64)
-    params = logger.rows[0]["eval/params"]
-    return {
-        "parameters": params["params_key"].tolist(),
-        "start": params["first_key"].tolist(),
-        "evaluations": [row["eval/key"].tolist() for row in logger.rows],
-    }
+    """The keys that `train` gives two devices, lists with an entry for each, and those of the
+    evaluations, which one device plays."""
+    import numpy as np
+    from test_glue import train_with_stand_ins
+
+    with tempfile.TemporaryDirectory() as folder:
+        flags = {"num_devices": 2, "num_evals": 2, "total_timesteps": 64}
+        loop = train_with_stand_ins(script, folder, **flags)
+        with np.load(f"{folder}/checkpoint_0.npz") as file:
+            first, params = file["arr_0"].tolist(), file["arr_2"].tolist()
+    evaluations = [key.tolist() for _, key in loop.evaluations]
+    return {"parameters": params, "start": first, "evaluations": evaluations}
 
 
 if __name__ == "__main__":
@@ -110,7 +107,7 @@ if __name__ == "__main__":
     report = {"gradient": {param.id: gradient_difference(param.values[0]) for param in GRADIENT},
               "training": {param.id: train_on_two(param.values[0]) for param in TRAINING},
               "loop": {param.id: keys_of_two(param.values[0]) for param in LOOP}}
-    json.dump(report, sys.stdout)
+    print(json.dumps(report))
     sys.exit()
 
 
@@ -125,7 +122,7 @@ def report():
         [sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=600
     )
     assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout)
+    return json.loads(result.stdout.splitlines()[-1])
 
 
 @pytest.mark.parametrize("script", [param.id for param in GRADIENT])
@@ -156,10 +153,10 @@ def test_experience_differs(report, script):
 
 @pytest.mark.parametrize("script", [param.id for param in LOOP])
 def test_each_device_has_keys_of_its_own(report, script):
-    """D13: both devices have one key for the parameters, and for all else each has its own."""
+    """D13: both devices have one key for the parameters, and each its own for all else; each
+    evaluation has one, too."""
     keys = report["loop"][script]
     first, second = keys["parameters"]
     assert first == second
     assert len(keys["evaluations"]) == 3
-    others = keys["start"] + [key for pair in keys["evaluations"] for key in pair]
-    assert len({tuple(key) for key in [first, *others]}) == 1 + 2 + 3 * 2
+    assert len({tuple(key) for key in [first, *keys["start"], *keys["evaluations"]]}) == 1 + 2 + 3

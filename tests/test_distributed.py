@@ -13,7 +13,7 @@ from conftest import scripts_with
 
 SCRIPT = scripts_with("start_jax", "main")[0].values[0]  # the same text in all, see test_twins
 FLAGS = """--env-id CoordSum-v0 --scenario 2x3-4 --num-envs 8 --num-steps 8 --eval-episodes 4
-           --embed-dim 8 --learner-hidden-dim 8 --update-epochs 1 --num-devices 4""".split()
+           --embed-dim 8 --learner-hidden-dim 8 --update-epochs 1""".split()
 BUDGET = ["--total-timesteps", "640", "--num-evals", "2"]
 
 
@@ -30,6 +30,7 @@ def start_two(flags, environ):
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     together = environ | {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+    together["JAX_NUM_CPU_DEVICES"] = "2"
     return [
         start([*flags, "--distributed"], together | {"JAX_PROCESS_ID": str(i)}) for i in range(2)]
 
@@ -61,7 +62,8 @@ def read_rows(folder):
 def one(environ, tmp_path_factory):
     """The folder of a run in one process."""
     run_dir = tmp_path_factory.mktemp("one")
-    statuses, _, err = finish([start([*FLAGS, *BUDGET, "--run-dir", str(run_dir)], environ)])
+    flags = [*FLAGS, *BUDGET, "--num-devices", "4", "--run-dir", str(run_dir)]
+    statuses, _, err = finish([start(flags, environ)])
     assert statuses == [0], err
     return run_folder(run_dir)
 
@@ -76,8 +78,8 @@ def test_two_processes_are_one(one, environ, tmp_path):
         assert row.keys() == expected.keys()
         for name in row:
             np.testing.assert_allclose(row[name], expected[name], rtol=1e-4, atol=1e-6)
-    assert {path.name for path in folder.glob("checkpoint_*")} == {
-        "checkpoint_10_0.npz", "checkpoint_10_1.npz"}
+    names = {path.name for path in folder.glob("checkpoint_*")}
+    assert names == {"checkpoint_0.npz", "checkpoint_1.npz"}
     assert out.count("global_step=640 ") == 1
 
 
@@ -116,7 +118,9 @@ def test_a_lost_process_ends_the_other(environ, tmp_path):
 
 
 @pytest.mark.parametrize("variables, text", [
-    ({"JAX_NUM_PROCESSES": "2"}, "JAX_PROCESS_ID"), ({"JAX_NUM_PROCESSES": "two"}, "two")])
+    ({"JAX_NUM_PROCESSES": "2"}, "coordinator_address"), ({"JAX_NUM_PROCESSES": "two"}, "two"),
+    ({"JAX_NUM_PROCESSES": "2", "JAX_COORDINATOR_ADDRESS": "localhost:9"}, "process id"),
+])
 def test_unusable_variables(variables, text, environ):
     """A process that cannot tell which one it is: one line that says why, status 2."""
     statuses, _, err = finish([start(["--distributed", "--dry-run"], environ | variables)])

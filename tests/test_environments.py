@@ -17,17 +17,16 @@ from jumanji import specs
 from jumanji.env import Environment
 from jumanji.types import restart, transition, truncation
 
+import tasks
+
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 SCRIPTS = scripts_with("make_env", "TeamEnv")
 script = SCRIPTS[0].values[0]  # the others hold the same text, as the first test says
-SHARED = [
-    "FlagError", "Observation", "Outcome", "TeamEnv", "make_env", "first_observation",
-    "import_module_of", "make_task",
-]
+SHARED = ["Observation", "TeamEnv", "make_env", "refuse"]
 GOLDEN = pathlib.Path(__file__).parent / "data" / "golden_envs.npz"
 RWARE, LBF, CONNECTOR = "RobotWarehouse-v0", "LevelBasedForaging-v0", "Connector-v3"
-COORDSUM, SMAX = "CoordSum-v0", "SMAX"
+COORDSUM, SMAX, SPREAD = "CoordSum-v0", "SMAX", "MPE_simple_spread_v3"
 
 
 @pytest.mark.parametrize("other", SCRIPTS[1:])
@@ -45,102 +44,76 @@ GOLDEN_TASKS = {
     "lbf/8x8-2p-2f-coop": LBF,
     "connector/con-5x5x3a": CONNECTOR,
     "smax/2s3z": SMAX,
+    "mpe/simple_spread_3ag": SPREAD,
 }
 
 
-@pytest.fixture(scope="module", params=GOLDEN_TASKS)
-def replay(request):
-    """The recordings of two episodes, and what TeamEnv gives for the same keys and actions."""
+@pytest.mark.parametrize("name", GOLDEN_TASKS)
+def test_golden(name):
+    """The same keys and actions give two recorded episodes again, to the bit: views, the ids first,
+    and masks, from the start to the last step; rewards; ends and wins."""
     with np.load(GOLDEN) as file:
-        names = [name for name in file if name.startswith(request.param + "/")]
+        names = [key for key in file if key.startswith(f"{name}/")]
         recordings = [
-            {name.rsplit("/", 1)[1]: file[name] for name in names if f"/{seed}/" in name}
+            {key.rsplit("/", 1)[1]: file[key] for key in names if f"/{seed}/" in key}
             for seed in "01"
         ]
-    env = script.make_env(GOLDEN_TASKS[request.param], request.param.split("/")[1])
-    steps = max(len(recording["action"]) for recording in recordings)
-
-    def recorded(name):
-        """A recording's rows of both episodes, the shorter one filled up with zeros."""
-        rows = [recording[name] for recording in recordings]
-        return np.stack([np.pad(x, ((0, steps - len(x)), (0, 0))) for x in rows])
-
-    has_chance = GOLDEN_TASKS[request.param] == SMAX  # in its steps
+    env_id, scenario = GOLDEN_TASKS[name], name.split("/")[1]
+    # The recorded actions are those of the task itself, before any tanh.
+    is_raw = env_id == SPREAD
+    env = script.TeamEnv(tasks.make(SPREAD)) if is_raw else script.make_env(env_id, scenario)
+    has_chance = env_id in (SMAX, SPREAD)  # in its steps
 
     def step(state, inputs):
         step_key, action = inputs
-        return env.step(state._replace(key=step_key) if has_chance else state, action)
+        if has_chance:
+            state = state._replace(game=state.game._replace(key=step_key))
+        state, *results = env.step(state, action)
+        return state, (state.obs, state.episode["won"], *results)
 
-    def episode(inputs):
-        reset_key, *inputs = inputs
-        state, obs = env.reset(reset_key)
-        return obs, jax.lax.scan(step, state, inputs)[1]
+    def episode(reset_key, step_keys, actions):
+        state = env.reset(reset_key)
+        return state.obs, jax.lax.scan(step, state, (step_keys, actions))[1]
 
-    reset_keys = np.stack([recording["reset_key"] for recording in recordings])
-    inputs = (reset_keys, recorded("step_key"), recorded("action"))
-    # One after the other, because SMAX's last digits differ under vmap, and with few optimisations.
+    steps = max(len(recording["action"]) for recording in recordings)
+    # With few optimisations the last digits of JaxMARL's games differ.
     jax.config.update("jax_disable_most_optimizations", not has_chance)
-    first, outcomes = jax.jit(functools.partial(jax.lax.map, episode))(inputs)
+    play = jax.jit(episode)
+    for recording in recordings:
+        length = len(recording["action"])
+        inputs = [recording["step_key"], recording["action"]]
+        inputs = [np.pad(x, ((0, steps - length), *[(0, 0)] * (x.ndim - 1))) for x in inputs]
+        first, results = play(recording["reset_key"], *inputs)
+        obs, won, reward, discount, last = jax.tree.map(lambda x: x[:length], results)
+        assert obs.agents_view.dtype == np.float32
+        for field in ("agents_view", "action_mask"):
+            np.testing.assert_array_equal(getattr(first, field), recording[f"reset_{field}"])
+            np.testing.assert_array_equal(getattr(obs, field), recording[field])
+        np.testing.assert_array_equal(reward, recording["reward"])
+        np.testing.assert_array_equal(last, recording["last"])
+        np.testing.assert_array_equal(won, recording["won"])
+        # The discount is 0 at the end, but 1 at a truncation.
+        np.testing.assert_array_equal(discount, ~(recording["last"] & ~recording["truncated"]))
     jax.config.update("jax_disable_most_optimizations", True)
-    first, outcomes = jax.tree.map(np.asarray, (first, outcomes))
-
-    def played(i):
-        length = len(recordings[i]["action"])
-        cut = jax.tree.map(lambda x: x[i, :length], outcomes)
-        return jax.tree.map(lambda x: x[i], first), cut
-
-    return recordings, [played(i) for i in range(len(recordings))]
-
-
-def test_golden_start(replay):
-    """The same key gives the recorded first views, the ids first, and masks, to the bit."""
-    for recording, (first, _) in zip(*replay):
-        assert first.agents_view.dtype == np.float32
-        np.testing.assert_array_equal(first.agents_view, recording["reset_agents_view"])
-        np.testing.assert_array_equal(first.action_mask, recording["reset_action_mask"])
-
-
-def test_golden_views(replay):
-    """The views and masks after each action are the recorded ones, the last one included."""
-    for recording, (_, outcomes) in zip(*replay):
-        np.testing.assert_array_equal(outcomes.obs.agents_view, recording["agents_view"])
-        np.testing.assert_array_equal(outcomes.obs.action_mask, recording["action_mask"])
-
-
-def test_golden_rewards(replay):
-    """Each agent gets the recorded team reward."""
-    for recording, (_, outcomes) in zip(*replay):
-        np.testing.assert_array_equal(outcomes.reward, recording["reward"])
-
-
-def test_golden_ends(replay):
-    """Episodes end and are won where recorded; discount is 0 at the end, but 1 at a truncation."""
-    for recording, (_, outcomes) in zip(*replay):
-        np.testing.assert_array_equal(outcomes.last, recording["last"])
-        np.testing.assert_array_equal(outcomes.won, recording["won"])
-        terminated = recording["last"] & ~recording["truncated"]
-        np.testing.assert_array_equal(outcomes.discount, ~terminated)
 
 
 def test_rware_time_limit_terminates():
     """RWARE's time limit has discount 0, like a collision, and ends the returns."""
     env = script.make_env(RWARE, "tiny-2ag")
-    state, _ = jax.jit(env.reset)(jax.random.PRNGKey(0))
+    state = jax.jit(env.reset)(jax.random.PRNGKey(0))
     step = jax.jit(env.step)
-    for step_count, last in ((498, False), (499, True)):
-        late = state.replace(step_count=jnp.int32(step_count))
-        _, outcome = step(late, jnp.zeros(2, jnp.int32))
-        assert (outcome.last, outcome.discount) == (last, 0 if last else 1)
+    for step_count, ends in ((498, False), (499, True)):
+        late = state._replace(game=state.game.replace(step_count=jnp.int32(step_count)))
+        _, _, discount, last = step(late, jnp.zeros(2, jnp.int32))
+        assert (last, discount) == (ends, 0 if ends else 1)
 
 
 def test_who_has_a_win_rate():
     """Connector and SMAX have a win rate, with and without a scenario; other suites have none."""
-    assert script.make_env(CONNECTOR, "con-5x5x3a").has_win_rate
-    assert script.make_env(CONNECTOR, "").has_win_rate
-    assert script.make_env(SMAX, "2s3z").has_win_rate
-    assert script.make_env(SMAX, "").has_win_rate
-    assert not script.make_env(LBF, "8x8-2p-2f-coop").has_win_rate
-    assert not script.make_env(COORDSUM, "").has_win_rate
+    for task in ((CONNECTOR, "con-5x5x3a"), (CONNECTOR, ""), (SMAX, "2s3z"), (SMAX, "")):
+        assert script.make_env(*task).has_win_rate
+    for task in ((LBF, "8x8-2p-2f-coop"), (COORDSUM, ""), (SPREAD, "")):
+        assert not script.make_env(*task).has_win_rate
 
 
 # --------------------------------------------------------------------- another Jumanji environment
@@ -229,22 +202,25 @@ for kind in (Lanes, WonLanes, OneAction, OneMask, OneForce, Broken):
         jumanji.register(id=f"{kind.__name__}-v0", entry_point=f"{__name__}:{kind.__name__}")
 
 
+@pytest.mark.parametrize("alone", [True, False], ids=["alone", "with tasks.py"])
 @pytest.mark.parametrize("name", ["Lanes", "WonLanes"])
-def test_other_environment(name, monkeypatch):
-    """A registered environment is played as it is, without tasks.py: flat views, summed rewards."""
-    monkeypatch.setitem(sys.modules, "tasks", None)
+def test_other_environment(name, alone, monkeypatch):
+    """A registered environment is played as it is: flat views, which are not scaled, and summed
+    rewards. It needs no tasks.py."""
+    if alone:
+        monkeypatch.setitem(sys.modules, "tasks", None)
     env = script.make_env(f"{name}-v0", "")
     assert env.has_win_rate == (name == "WonLanes")
-    state, obs = env.reset(jax.random.PRNGKey(0))
-    np.testing.assert_array_equal(obs.agents_view, [[1, 0] + 8 * [0], [0, 1] + 8 * [10]])
-    np.testing.assert_array_equal(obs.action_mask, [[True, True, False], [True, True, True]])
+    state = env.reset(jax.random.PRNGKey(0))
+    np.testing.assert_array_equal(state.obs.agents_view, [[1, 0] + 8 * [0], [0, 1] + 8 * [10]])
+    np.testing.assert_array_equal(state.obs.action_mask, [[True, True, False], [True, True, True]])
     for t in (1, 2, 3):
-        state, outcome = env.step(state, jnp.array([1, 2]))
+        state, reward, discount, last = env.step(state, jnp.array([1, 2]))
         view = [[1, 0] + 8 * [t], [0, 1] + 8 * [t + 10]]
-        np.testing.assert_array_equal(outcome.obs.agents_view, view)
-        np.testing.assert_array_equal(outcome.reward, [3, 3])
-        assert (outcome.last, outcome.discount) == (t == 3, 1)
-        assert outcome.won == (t == 3 and name == "WonLanes")
+        np.testing.assert_array_equal(state.obs.agents_view, view)
+        np.testing.assert_array_equal(reward, [3, 3])
+        assert (last, discount) == (t == 3, 1)
+        assert state.episode == {"return": 3 * t, "length": t, "won": t == 3 and name == "WonLanes"}
 
 
 # ------------------------------------------------------------------------- modules of environments
@@ -258,14 +234,15 @@ def test_example():
 def test_example_is_won_together():
     """The team earns 1 where all stand in one place, and has won if they do so at the end."""
     env = script.make_env("examples.my_env:Meet-v0", "")
-    state, _ = env.reset(jax.random.PRNGKey(0))
+    state = env.reset(jax.random.PRNGKey(0))
     rewards, wins = [], []
     for place in ([2, 3, 3], [0, 6, 6]):
-        state = state._replace(place=jnp.array(place), step_count=jnp.int32(9))
-        _, outcome = env.step(state, jnp.array([2, 0, 0]))  # agent 0 goes to the right
-        assert outcome.last and outcome.discount == 1
-        rewards.append(outcome.reward[0])
-        wins.append(bool(outcome.won))
+        game = state.game._replace(place=jnp.array(place), step_count=jnp.int32(9))
+        # agent 0 goes to the right
+        after, reward, discount, last = env.step(state._replace(game=game), jnp.array([2, 0, 0]))
+        assert last and discount == 1
+        rewards.append(reward[0])
+        wins.append(bool(after.episode["won"]))
     np.testing.assert_allclose(rewards, [1, 1 / 6], rtol=1e-6)
     assert wins == [True, False]
 
@@ -297,38 +274,21 @@ def test_error_inside_a_module(write_module, text, error):
     assert type(raised.value) is error
 
 
-def refusal(env_id, scenario=""):
-    """The one line with which make_env refuses."""
-    with pytest.raises(script.FlagError) as error:
-        script.make_env(env_id, scenario)
-    assert "\n" not in str(error.value)
-    return str(error.value)
-
-
-@pytest.mark.parametrize("env_id", [
-    "nowhere:Lanes-v0", "examples.nowhere:Meet-v0", "nowhere.my_env:Meet-v0", "jumanji.env.x:Y-v0",
-])
-def test_no_such_module(env_id):
-    """A module that is not found is refused by name, whichever part of its name is missing."""
-    assert refusal(env_id).startswith(f"--env-id {env_id}: there is no module")
-
-
-def test_module_that_does_not_register():
-    """A module without the id is refused by name."""
-    message = refusal("examples.my_env:Nope-v0")
-    assert message.startswith("--env-id examples.my_env:Nope-v0: ")
-    assert "does not register Nope-v0" in message
-
-
-@pytest.mark.parametrize("env_id", [
-    ":Lanes-v0", "examples.my_env:", ".my_env:Meet-v0", "a..b:C-v0",
-])
-def test_malformed_module(env_id):
-    """What is no name of a module is an unknown id."""
-    assert refusal(env_id).startswith(f"--env-id {env_id}: unknown")
-
-
 # ----------------------------------------------------------------------------------------- refusals
+@pytest.fixture
+def refusal(capsys):
+    """refusal(env_id, scenario) -> the one line with which make_env ends the program."""
+
+    def call(env_id, scenario=""):
+        with pytest.raises(SystemExit) as end:
+            script.make_env(env_id, scenario)
+        (line,) = capsys.readouterr().err.splitlines()
+        assert end.value.code == 2
+        return line.removeprefix(f"{script.SCRIPT}: error: ")
+
+    return call
+
+
 def test_error_inside_an_environment():
     """An error raised by an environment is passed on, and no flag is blamed for it."""
     with pytest.raises(ValueError, match="^the well is dry") as raised:
@@ -336,7 +296,19 @@ def test_error_inside_an_environment():
     assert type(raised.value) is ValueError
 
 
+MODULE = "examples.my_env"
+
+
 @pytest.mark.parametrize("env_id, scenario, start", [
+    ("nowhere:Lanes-v0", "", "--env-id nowhere:Lanes-v0: there is no module nowhere"),
+    ("jumanji.env.x:Y-v0", "", "--env-id jumanji.env.x:Y-v0: there is no module"),
+    ("examples.nowhere:Meet-v0", "", "--env-id examples.nowhere:Meet-v0: there is no module"),
+    ("nowhere.my_env:Meet-v0", "", "--env-id nowhere.my_env:Meet-v0: there is no module"),
+    (f"{MODULE}:A-v0", "", f"--env-id {MODULE}:A-v0: {MODULE} does not register A-v0"),
+    (":Lanes-v0", "", "--env-id :Lanes-v0: unknown"),
+    (f"{MODULE}:", "", f"--env-id {MODULE}:: unknown"),
+    (".my_env:Meet-v0", "", "--env-id .my_env:Meet-v0: unknown"),
+    ("a..b:C-v0", "", "--env-id a..b:C-v0: unknown"),
     (RWARE, "tiny", "--scenario tiny: does not follow the rule"),
     (LBF, "3x3-2p-2f", "--scenario 3x3-2p-2f: "),
     ("Snake-v1", "tiny-2ag", "--scenario tiny-2ag: Snake-v1 takes none"),
@@ -353,41 +325,35 @@ def test_error_inside_an_environment():
     ("OneMask-v0", "", "--env-id OneMask-v0: needs agents_view (N, ...) and action_mask (N, A)"),
     ("OneForce-v0", "", "--env-id OneForce-v0: needs agents_view (N, ...) and action_spec (N, A)"),
 ])
-def test_refusals(env_id, scenario, start):
+def test_refusals(env_id, scenario, start, refusal):
     """What cannot be played is refused in one line with the flag, its value and the reason."""
     assert refusal(env_id, scenario).startswith(start)
 
 
-@pytest.mark.parametrize("env_id, scenario, module, flag", [
-    (COORDSUM, "", "tasks", "--env-id CoordSum-v0"),
-    (RWARE, "tiny-2ag", "tasks", "--scenario tiny-2ag"),
-    (CONNECTOR, "", "tasks", "--env-id Connector-v3"),
-    (COORDSUM, "", "coordsum", "--env-id CoordSum-v0"),
-    (COORDSUM, "3x10-30", "coordsum", "--scenario 3x10-30"),
-    (SMAX, "", "jaxmarl", "--env-id SMAX"),
-    (SMAX, "2s3z", "jaxmarl", "--scenario 2s3z"),
+@pytest.mark.parametrize("env_id, scenario, module", [
+    (COORDSUM, "", "tasks"), (RWARE, "tiny-2ag", "tasks"), (CONNECTOR, "", "tasks"),
+    ("Snake-v1", "", "tasks"), (COORDSUM, "", "coordsum"), (COORDSUM, "3x10-30", "coordsum"),
+    (SMAX, "", "jaxmarl"), (SMAX, "2s3z", "jaxmarl"),
 ])
-def test_missing_file(env_id, scenario, module, flag, monkeypatch):
-    """Without tasks.py, coordsum.py or JaxMARL the flag that needs it is refused, with its name."""
+def test_missing_file(env_id, scenario, module, monkeypatch, refusal):
+    """Without tasks.py, coordsum.py or JaxMARL what needs it is refused, with its name."""
     monkeypatch.setitem(sys.modules, module, None)
     registered = jumanji.registered_environments() - {COORDSUM}  # other tests import coordsum
     monkeypatch.setattr(jumanji, "registered_environments", lambda: registered)
     message = refusal(env_id, scenario)
-    assert message.startswith(f"{flag}: ")
-    assert module in message.removeprefix(flag)
+    assert message.startswith("--") and (scenario or env_id) in message.partition(":")[0]
+    assert module in message.partition(":")[2]
 
 
 # ----------------------------------------------------------------------------------------- training
-TRAINING = scripts_with("train_iteration", "init_state", "make_networks", "make_optimizers")
+TRAINING = scripts_with("train_iteration", "init_state", "make_networks")
 
 
 def tiny_iteration(script, env):
     """The training iteration of a script on tiny sizes, on one device, and its state's shapes."""
     args = script.Args(num_envs=4, num_devices=1, num_steps=5, num_minibatches=2, update_epochs=1,
                        embed_dim=4, total_timesteps=40, learner_hidden_dim=4)
-    guider, learner = script.make_networks(args, env)
-    optimizers = script.make_optimizers(args)
-    parts = (args, env, guider, learner, optimizers)
+    parts = (args, env, *script.make_networks(args, env))
     init = functools.partial(script.init_state, *parts, jax.random.PRNGKey(0))
     state = jax.eval_shape(jax.vmap(init), jax.random.split(jax.random.PRNGKey(1), 1))
     return jax.vmap(lambda state: script.train_iteration(*parts, state), axis_name="device"), state
@@ -442,7 +408,7 @@ def test_no_reset_inside_evaluation(script):
 
     def act(obs, *memory_and_key):
         action = jnp.zeros((3, 2), jnp.int32)
-        return (action, memory_and_key[1]) if memory else action
+        return (action, memory_and_key[1]) if memory else (action,)
 
     hidden = [jnp.zeros(())] if memory else []
     play = functools.partial(script.play, env, act, *hidden, 3)

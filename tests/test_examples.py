@@ -1,5 +1,7 @@
 """Tests of the examples that use a finished run."""
 
+import functools
+import importlib
 import importlib.util
 import json
 import pathlib
@@ -12,10 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import has_memory, random_obs, scripts_with
+from flax.traverse_util import flatten_dict
 from PIL import Image
+from safetensors.numpy import save_file
 
 ROOT = pathlib.Path(__file__).parent.parent
-SCRIPTS = scripts_with("Learner", "main", feed_forward=True)[:1] + scripts_with("Hidden")
+SCRIPTS = scripts_with("Learner", "main", feed_forward=True)[:1] + scripts_with("init_hidden")
 TINY = """--env-id CoordSum-v0 --scenario 2x3-4 --num-envs 4 --num-steps 8 --eval-episodes 4
           --embed-dim 8 --learner-hidden-dim 8 --update-epochs 1 --guider mat
           --total-timesteps 64 --num-evals 1""".split()
@@ -67,18 +71,18 @@ def test_enjoy(finished, flags, call, tmp_path):
         assert picture.format == "GIF" and 1 < picture.n_frames <= 4
 
 
-def test_enjoy_gives_the_figures_of_the_run(finished, call):
+def test_enjoy_gives_the_figures_of_the_run(finished):
     """The last networks, played with the key of the last evaluation, have its very return."""
     script, folder = finished
     row = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
     enjoy = load_example("enjoy")
-    options = enjoy.Options(str(folder), episodes=4, which="last")
-    _, args, env, networks, params = enjoy.load_run(options)
-    eval_key = jax.random.split(jax.random.PRNGKey(args.seed), 3)[2]
-    key = jax.random.split(jax.random.fold_in(eval_key, 2), 1)[0]
-    learner_episodes, guider_episodes = script.evaluate(args, env, *networks, params, key)
-    assert np.mean(learner_episodes.returns) == row["eval/learner_return"]
-    assert np.mean(guider_episodes.returns) == row["eval/guider_return"]
+    eval_key = jax.random.split(jax.random.PRNGKey(1), 3)[2]
+    for name in ("learner", "guider"):
+        options = enjoy.Options(folder, episodes=4, which="last", guider=name == "guider")
+        _, env, act, make_hidden = enjoy.load_team(options)
+        hidden = [make_hidden(4)] if make_hidden else []
+        episode = script.play(env, act, *hidden, 4, jax.random.fold_in(eval_key, 2))
+        assert np.mean(episode["return"]) == row[f"eval/{name}_return"]
 
 
 def test_use_learner(finished, call):
@@ -92,7 +96,10 @@ def test_use_learner_decides_as_the_script(finished):
     """The actions are the script's greedy ones, step after step, also after an episode's end."""
     script, folder = finished
     use = load_example("use_learner")
-    learner, params = use.load_learner(script, folder / "learner.safetensors")
+    found, args = use.load_script(folder)
+    env = script.make_env(args.env_id, args.scenario)
+    learner, params = use.load_learner(script, args, env, folder / "learner.safetensors")
+    assert found is script
     params = jax.tree.map(lambda x: 5 * x, params)  # so that the actions differ
     own_hidden = [jnp.ones(8)] * 2
     hidden = jnp.ones((1, 2, 8))
@@ -102,11 +109,11 @@ def test_use_learner_decides_as_the_script(finished):
         key = jax.random.PRNGKey(0)
         if has_memory(script):
             past = (jnp.full(1, timestep), hidden)
-            expected, hidden = script.learner_act(learner, params, obs, *past, key, greedy=True)
+            expected, _, hidden = script.learner_act(learner, params, obs, *past, key, greedy=True)
         else:
-            expected = script.learner_act(learner, params, obs, key, greedy=True)
+            expected, _ = script.learner_act(learner, params, obs, key, greedy=True)
         for j in range(2):
-            inputs = (learner, params, obs.agents_view[0, j], obs.action_mask[0, j])
+            inputs = (learner, params, jax.tree.map(lambda x: x[0, j], obs))
             if has_memory(script):
                 action, own_hidden[j] = use.decide_with_memory(*inputs, timestep, own_hidden[j])
             else:
@@ -124,6 +131,83 @@ def test_no_run(example, call, tmp_path):
     assert str(tmp_path) in err
 
 
+def make_run(script, env_id, scenario, folder, **flags):
+    """What the examples read of a run, with networks as they start."""
+    args = script.Args(env_id=env_id, scenario=scenario, num_envs=1, num_devices=1, **flags)
+    env = script.make_env(env_id, scenario)
+    init = functools.partial(script.init_state, args, env, *script.make_networks(args, env))
+    params = jax.jit(lambda *keys: init(*keys).params)(*jax.random.split(jax.random.PRNGKey(0)))
+    for name, tree in params.items():
+        save_file(flatten_dict(jax.device_get(tree), sep=","), folder / f"best_{name}.safetensors")
+        save_file(flatten_dict(jax.device_get(tree), sep=","), folder / f"{name}.safetensors")
+    about = {"script": script.SCRIPT, "args": vars(args)}
+    (folder / "args.json").write_text(json.dumps(about))
+    return env
+
+
+OWN_ENV = """
+import jax.numpy as jnp
+import jumanji
+
+from examples.my_env import Meet
+
+
+class Blind(Meet):
+    animate = None
+
+
+jumanji.register(id="Blind-v0", entry_point="blind:Blind")
+"""
+
+
+def test_enjoy_own_environment(call, tmp_path, monkeypatch, quick_compile):
+    """The example's environment is drawn; one that cannot be says what it needs, in one line."""
+    script = SCRIPTS[0].values[0]
+    gif = tmp_path / "team.gif"
+    flags = ["--episodes", 2, "--gif", gif, "--max-frames", 3]
+    make_run(script, "examples.my_env:Meet-v0", "", tmp_path, guider="mat", embed_dim=4)
+    status, out, _ = call("enjoy", tmp_path, *flags)
+    assert status is None and "win rate: " in out
+    with Image.open(gif) as picture:
+        assert picture.n_frames == 3
+    for name in ("team", "nowhere/team.gif"):
+        status, out, err = call("enjoy", tmp_path, "--gif", tmp_path / name)
+        assert (status, out, len(err.splitlines())) == (2, "", 1) and name in err
+
+    (tmp_path / "blind.py").write_text(OWN_ENV)
+    monkeypatch.chdir(tmp_path)
+    make_run(script, "blind:Blind-v0", "", tmp_path, guider="mat", embed_dim=4)
+    status, _, err = call("enjoy", tmp_path, *flags)
+    assert status == 2 and len(err.splitlines()) == 1
+    assert "--gif" in err and "animate(" in err
+
+
+def test_learner_of_a_copy(call, tmp_path, quick_compile):
+    """A script that lies beside its runs is found, with networks of its own; one that is nowhere is
+    named, with the folders that were searched."""
+    script = SCRIPTS[0].values[0]
+    text = pathlib.Path(script.__file__).read_text()
+    layer = "x = nn.relu(Dense(self.hidden_dim)(x))\n"
+    assert text.count(layer) == 1
+    (tmp_path / "deeper.py").write_text(text.replace(layer, layer + "        " + layer))
+    (tmp_path / "runs" / "one").mkdir(parents=True)
+    sys.path.insert(0, str(tmp_path))
+    try:
+        copy = importlib.import_module("deeper")
+    finally:
+        sys.path.remove(str(tmp_path))
+    flags = {"guider": "mat", "embed_dim": 4, "learner_hidden_dim": 6}
+    make_run(copy, "CoordSum-v0", "2x3-4", tmp_path / "runs" / "one", **flags)
+    status, out, _ = call("use_learner", tmp_path / "runs" / "one")
+    assert status is None and out.startswith("100 steps")
+    assert call("enjoy", tmp_path / "runs" / "one", "--episodes", 2)[0] is None
+    (tmp_path / "deeper.py").unlink()
+    for example in ("use_learner", "enjoy"):
+        status, _, err = call(example, tmp_path / "runs" / "one")
+        assert status == 2 and len(err.splitlines()) == 1
+        assert "deeper.py" in err and str(tmp_path) in err and str(ROOT) in err
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "env_id, scenario", [("SMAX", "3m"), ("MPE_simple_spread_v3", "simple_spread_3ag")]
@@ -131,15 +215,7 @@ def test_no_run(example, call, tmp_path):
 def test_enjoy_jaxmarl(env_id, scenario, call, tmp_path, quick_compile):
     """The games of JaxMARL are drawn, too, and a win rate is among the figures."""
     script = SCRIPTS[0].values[0]
-    flags = {"env_id": env_id, "scenario": scenario, "guider": "mat", "embed_dim": 4,
-             "learner_hidden_dim": 4}
-    args, env = script.Args(**flags, num_envs=1, num_devices=1), script.make_env(env_id, scenario)
-    parts = (args, env, *script.make_networks(args, env), script.make_optimizers(args))
-    keys = jax.random.split(jax.random.PRNGKey(0), (2, 1))
-    params = jax.jit(jax.vmap(lambda *keys: script.init_state(*parts, *keys).params))(*keys)
-    script.save_networks(str(tmp_path), "best_", params)
-    about = {"script": f"{script.__name__}.py", "args": flags}
-    (tmp_path / "args.json").write_text(json.dumps(about))
+    env = make_run(script, env_id, scenario, tmp_path, guider="mat", embed_dim=4)
     gif = tmp_path / "team.gif"
     status, out, _ = call("enjoy", tmp_path, "--episodes", 2, "--gif", gif, "--max-frames", 4)
     assert status is None

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -37,10 +38,56 @@ def test_seeds_side_by_side(script, environ, tmp_path):
     alone = run(script, ["--seed", "2"], tmp_path / "alone", environ)
     assert both.keys() == {"1", "2"}
     for row, expected in zip(rows(both["2"]), rows(alone["2"]), strict=True):
-        for name in row.keys() - {"charts/SPS"}:
+        assert row.keys() == expected.keys()
+        for name in [name for name in row if not name.startswith(("time/", "charts/SPS"))]:
             np.testing.assert_allclose(row[name], expected[name], rtol=1e-3, atol=1e-5)
     networks = [safetensors.numpy.load_file(path / "learner.safetensors")
                 for path in (both["2"], alone["2"], both["1"])]
     for name, array in networks[0].items():
         np.testing.assert_allclose(array, networks[1][name], rtol=1e-3, atol=1e-5)
         assert array.ndim < 2 or not np.allclose(array, networks[2][name])
+
+
+@pytest.mark.parametrize(
+    "script", ["magpo_ff.py", pytest.param("baselines/mappo_ff.py", marks=pytest.mark.slow)]
+)
+def test_default_sizes(script, environ, tmp_path):
+    """The README's command starts, with networks of their usual sizes, and its seeds do not wait
+    for each other for ever, as the QR of orthogonal matrices does where it is done side by side."""
+    command = re.search("^python (examples/seeds.py .*)$", (ROOT / "README.md").read_text(), re.M)
+    program, *flags = command[1].replace("--script magpo_ff.py", f"--script {script}").split()
+    assert script in flags and not any("dim" in flag for flag in flags)
+    flags += """--num-envs 4 --num-steps 8 --total-timesteps 32 --num-evals 1
+                --eval-episodes 2""".split()
+    done = subprocess.run(
+        [sys.executable, ROOT / program, *flags, "--run-dir", str(tmp_path)], env=environ,
+        capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    num_seeds = flags.index("--env-id") - flags.index("--seeds") - 1
+    assert len(list(tmp_path.glob("*/learner.safetensors"))) == num_seeds > 1
+
+
+@pytest.mark.slow
+def test_not_finite(environ, tmp_path):
+    """A seed whose training breaks down ends in a line that names it, and not in rows of NaN."""
+    flags = [*FLAGS, "--seeds", "5", "6", "--learning-rate", "4e9", "--run-dir", str(tmp_path)]
+    command = [sys.executable, ROOT / "examples/seeds.py", *flags]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1, done.stderr
+    assert "error: seed 5: not all is finite" in done.stderr.splitlines()[-1]
+    assert [len(rows(folder)) for folder in tmp_path.iterdir()] == [1, 1]
+
+
+@pytest.mark.parametrize("flags, names", [
+    ("--script nowhere.py", "--script nowhere.py"), ("--script tasks.py", "--script tasks.py"),
+    ("--num-envs 0", "--num-envs 0"), ("--env-id Nope-v0", "--env-id Nope-v0"),
+    ("--track", "--track"), ("--num-devices 2", "--num-devices"), ("--seed 2", "--seed:"),
+    ("--seeds", "--seeds"), ("--seeds 1 -2", "--seed -2"),
+])
+def test_flag_errors(flags, names, environ, tmp_path):
+    """One line that names flag and value, status 2."""
+    command = [sys.executable, ROOT / "examples/seeds.py", *flags.split(), "--run-dir", "runs"]
+    done = subprocess.run(command, env=environ, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1 and names in done.stderr
+    assert list(tmp_path.iterdir()) == []

@@ -5,6 +5,7 @@ import json
 import math
 import sys
 
+import jax
 import pytest
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -22,7 +23,7 @@ TASKS = [
 WINNABLE = {"Connector-v3", "SMAX"}
 TINY = """--num-envs 2 --num-steps 4 --total-timesteps 16 --num-evals 1 --eval-episodes 2
           --embed-dim 4 --learner-hidden-dim 4 --num-minibatches 1 --update-epochs 1
-          --guider mat --no-save --no-cache""".split()
+          --guider mat""".split()
 
 
 @pytest.mark.parametrize("name, env_id, scenario", TASKS)
@@ -31,7 +32,9 @@ def test_trains(name, env_id, scenario, monkeypatch, tmp_path):
     script = importlib.import_module(name)
     flags = ["--env-id", env_id, "--scenario", scenario, "--run-dir", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", [name, *flags, *TINY])
+    cache = jax.config.jax_compilation_cache_dir
     assert script.main() == 0
+    jax.config.update("jax_compilation_cache_dir", cache)
     (metrics,) = tmp_path.glob("*/metrics.jsonl")
     start, end = map(json.loads, metrics.read_text().splitlines())
     assert (start["global_step"], end["global_step"]) == (0, 16)
