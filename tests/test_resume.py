@@ -85,8 +85,8 @@ def whole(environ, tmp_path_factory):
     return make
 
 
-CASES = [(script.values[0], 1) for script in SCRIPTS] + [(SCRIPTS[-1].values[0], 2)]
-DEVICES = [  # the others save as magpo_ff.py does, which tests of text hold
+CASES = [(SCRIPT, 2)] + [(script.values[0], 1) for script in SCRIPTS] + [(SCRIPTS[-1].values[0], 2)]
+DEVICES = [  # on one device SIGTERM and SIGKILL below are gone on from to the bit, too
     pytest.param(*case, marks=pytest.mark.slow if i > 0 else ())
     for i, case in enumerate(CASES)]
 

@@ -4,6 +4,7 @@ import ast
 import difflib
 import importlib
 import io
+import os
 import pathlib
 import re
 import shlex
@@ -183,6 +184,21 @@ def test_short_functions(script):
 
 
 # ------------------------------------------------------------------------------------- alone, alike
+def test_suite_is_aimed_at_a_copy(tmp_path):
+    """MAGPO_SCRIPTS names what is tested; a name without a script fails and skips nothing."""
+    (tmp_path / "my_algo.py").write_text(text("magpo_ff"))
+    flags = ["-n", "0", "--collect-only", "tests/test_networks.py"]
+    command = [sys.executable, "-m", "pytest", *flags]
+    for name, status, said in (
+        ("my_algo", 0, "test_learner_is_decentralized[my_algo]"),
+        ("nowhere", pytest.ExitCode.USAGE_ERROR, "no script to test: nowhere"),
+    ):
+        environ = os.environ | {"MAGPO_SCRIPTS": name, "PYTHONPATH": str(tmp_path)}
+        done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True)
+        assert done.returncode == status and said in done.stdout + done.stderr
+        assert "[magpo_ff" not in done.stdout
+
+
 @for_each_script
 def test_stands_alone(script):
     """At module level a script imports nothing of ours and nothing optional; inside functions only
