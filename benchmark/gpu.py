@@ -2,8 +2,8 @@
 run. Everything ends within ten minutes on a GPU; on a CPU it takes small sizes.
 
     python benchmark/gpu.py --out gpu
-    python benchmark/gpu.py --out gpu --tasks CoordSum-v0/3x10-30 --scripts mappo_ff --whole-run 0
-    python benchmark/gpu.py --out cpu --num-envs 8 --num-steps 16 --whole-run 8192 --matrix 512
+    python benchmark/gpu.py --out gpu --tasks CoordSum-v0/3x10-30 --scripts mappo_ff --whole-run ""
+    python benchmark/gpu.py --out cpu --num-envs 8 --num-steps 16 --matrix 512 --whole-run ""
 
 Each configuration is a process of its own. Those of a task and a number of environments compile
 side by side, then each is timed while the others wait. The table and the curve of the whole run go
@@ -49,8 +49,9 @@ class Options:
     num_steps: int = 128  # rollout length T
     min_seconds: float = 1.0  # that each thing is timed for
     matrix: int = 8192  # rows and columns of the matrices whose product is the peak
-    whole_run: int = 20_000_000  # steps of the whole run, RWARE with 1,024 environments; 0: none
-    whole_run_envs: int = 1024
+    # Flags of the whole run of magpo_ff.py (--whole-run="--env-id ..."); "": none
+    whole_run: str = (
+        "--env-id RobotWarehouse-v0 --delta 1.5 --num-envs 1024 --total-timesteps 20000000")
     compile_seconds: float = 150  # after which what is not compiled yet is given up
     seconds: float = 570  # after which all that runs is stopped
 
@@ -172,10 +173,9 @@ def receive(pipe, deadline: float):
 
 def whole_run(options: Options, out: pathlib.Path, deadline: float) -> str:
     """The command a user types, until it ends or the time is over -> a line about it."""
-    flags = f"--env-id RobotWarehouse-v0 --delta 1.5 --num-envs {options.whole_run_envs}"
-    flags += f" --num-steps {options.num_steps} --total-timesteps {options.whole_run}"
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "magpo_ff.py", *flags.split(), "--run-dir", folder]
+        flags = [*options.whole_run.split(), "--run-dir", folder]
+        command = [sys.executable, "magpo_ff.py", *flags]
         begin = time.time()
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
         try:
@@ -184,17 +184,21 @@ def whole_run(options: Options, out: pathlib.Path, deadline: float) -> str:
             process.send_signal(signal.SIGTERM)
             process.wait()
         seconds = time.time() - begin
+        kept = out / "whole_run"
+        shutil.rmtree(kept, ignore_errors=True)
+        large = shutil.ignore_patterns("*.npz", "*.safetensors")
         for path in pathlib.Path(folder).glob("*/metrics.jsonl"):
-            shutil.copy(path, out / "whole_run.jsonl")
-            shutil.copy(path.with_name("learning_curve.png"), out / "whole_run.png")
-    if not (out / "whole_run.jsonl").exists():
+            shutil.copytree(path.parent, kept, ignore=large)
+    if not kept.exists():
         return "The whole run has failed."
-    row = json.loads((out / "whole_run.jsonl").read_text().splitlines()[-1])
+    row = json.loads((kept / "metrics.jsonl").read_text().splitlines()[-1])
+    times = (row["time/compile_s"], row["time/train_s"], row["time/eval_s"])
+    compiling, training, evaluating = map(round, times)
+    learner, guider = row["eval/learner_return"], row["eval/guider_return"]
     return (
-        f"`python magpo_ff.py {flags}`: {row['global_step']:,} steps in {seconds:.0f} s, of which "
-        f"compilation {row['time/compile_s']:.0f}, training {row['time/train_s']:.0f}, evaluation "
-        f"{row['time/eval_s']:.0f}; learner {row['eval/learner_return']:.2f}, guider "
-        f"{row['eval/guider_return']:.2f}.")
+        f"`python magpo_ff.py {options.whole_run}`: {row['global_step']:,} steps in {seconds:.0f} "
+        f"s (compilation {compiling}, training {training}, evaluation {evaluating}); learner "
+        f"{learner:.2f}, guider {guider:.2f}.")
 
 
 def table(device: str, peak: float, results: dict, about_whole_run: str) -> str:

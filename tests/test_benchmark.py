@@ -12,6 +12,8 @@ import subprocess
 import sys
 import time
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 import pytest
@@ -24,6 +26,7 @@ import checkpoint  # noqa: E402
 import env_speed  # noqa: E402
 import evaluations  # noqa: E402
 import figures  # noqa: E402
+import gpu  # noqa: E402
 import paper  # noqa: E402
 import plot  # noqa: E402
 import run  # noqa: E402
@@ -579,6 +582,36 @@ def test_env_speed_plays_the_same_game_twice(monkeypatch):
     options = env_speed.Options(num_envs=64, num_steps=16)
     raw, collect = (float(play()) for play in env_speed.make_players("CoordSum-v0:2x3-4", options))
     assert raw > 100 and 0.8 < collect / raw / 2 < 1.25
+
+
+@pytest.mark.slow
+def test_gpu(tmp_path):
+    """All its tables, at sizes of a CPU; a run folder that plot.py can read, without networks."""
+    flags = "--num-envs 4 --num-steps 8 --matrix 64 --min-seconds 0.01 --tasks CoordSum-v0/2x3-4"
+    flags += " --scripts mappo_ff nowhere"
+    whole_run = "--whole-run=--scenario 2x3-4 --num-envs 4 --num-steps 8 --guider mat"
+    whole_run += " --total-timesteps 32"
+    command = [sys.executable, "benchmark/gpu.py", "--out", tmp_path, *flags.split(), whole_run]
+    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    text = (tmp_path / "gpu.md").read_text()
+    measured, failed = [line for line in text.splitlines() if line.startswith("| ")][2:]
+    assert re.match(r"\| mappo_ff \| CoordSum-v0/2x3-4 \| 4 \| [\d,]+ \| \d+ \|", measured)
+    assert failed.startswith("| nowhere | CoordSum-v0/2x3-4 | 4 | not measured |")
+    assert "--total-timesteps 32`: 32 steps in " in text
+    frame = evaluations.read([str(tmp_path)])
+    assert list(frame.global_step) == [0, 32]
+    assert not list(tmp_path.glob("whole_run/*.npz"))
+
+
+def test_gpu_counts_the_operations_of_matrix_products():
+    """A product inside a scan counts once a step; 2 a product of two numbers and their sum."""
+
+    def program(x, y):
+        _, z = jax.lax.scan(lambda carry, x: (carry, jax.jit(jnp.matmul)(x, y)), 0, x)
+        return z + jnp.einsum("tij,tjk->tik", x, jnp.stack([y] * 5))
+
+    shapes = jnp.zeros((5, 2, 3)), jnp.zeros((3, 4))
+    assert gpu.matrix_operations(jax.make_jaxpr(program)(*shapes).jaxpr) == 2 * (2 * 5 * 2 * 3 * 4)
 
 
 # -------------------- The commands ----------------------------------------------------------------
