@@ -29,10 +29,7 @@ Steps 2 and 3 are one gradient step on each minibatch.
 Shapes in comments: T steps of a rollout, B environments on a device, M samples of a minibatch, N
 agents, A actions, O features of an observation, E width of the guider, H heads, D devices, .. any
 axes. D with a number (D1, D2, ..) is a detail that the README compares with the official code.
-
-The file in its order: flags; the environment as the algorithm sees it; networks, and how they act;
-losses; an iteration, which collects and learns; evaluation. What has nothing to do with MAGPO comes
-last: saving, logging, starting (flags and devices) and the outer loop.
+What has nothing to do with MAGPO comes last: saving, logging, starting and the outer loop.
 """
 import collections
 import dataclasses
@@ -109,6 +106,7 @@ class Args:  # tyro shows the comment behind a flag as its help; [in brackets]: 
     embed_dim: int = 64  # E: width of the guider [n_embd]
     num_heads: int = 1  # H: heads of the guider [n_head]
     num_blocks: int = 1  # blocks of the guider's encoder, and of its decoder [n_block]
+    guider_mlp: bool = True  # an MLP in each block; Sable's official tuned rows are without
     learner_hidden_dim: int = 128  # width of the learner's two hidden layers
 
 
@@ -219,8 +217,7 @@ class Mixer(nn.Module):
         dense = partial(Dense, embed_dim, use_bias=False, kernel_init=start)
 
         def heads(name, tokens):
-            tokens = dense(name=name)(tokens)
-            return rearrange(tokens, "... n (h e) -> ... h n e", h=self.num_heads)
+            return rearrange(dense(name=name)(tokens), "... n (h e) -> ... h n e", h=self.num_heads)
 
         queries = heads("query", x) / math.sqrt(embed_dim // self.num_heads)
         scores = queries @ jnp.swapaxes(heads("key", source), -1, -2)  # (.., H, N, N)
@@ -243,7 +240,9 @@ class Mlp(nn.Module):
         dense = partial(Dense, x.shape[-1])
         up = dense(name="up")(x)
         hidden = nn.gelu(up) if self.kind == "mat" else nn.swish(up) * dense(name="gate")(x)
-        return NORM[self.kind](name="norm")(x + dense(name="down")(hidden))
+        # D18: the official SwiGLU starts at zero, in all its matrices, and so stays there: no MLP.
+        out = dense(kernel_init=orthogonal(0.01), name="down")(hidden)
+        return NORM[self.kind](name="norm")(x + out)
 
 
 class Policy(nn.Module):
@@ -272,21 +271,24 @@ class Guider(nn.Module):
     num_blocks: int
     num_actions: int
     continuous: bool
+    has_mlp: bool = True
 
     def setup(self):
         norm = NORM[self.kind]
         dense = partial(Dense, self.embed_dim)
         mixer = partial(Mixer, self.kind, self.num_heads)
-        mlp = partial(Mlp, self.kind)
-        blocks = range(self.num_blocks)
-        self.obs_embed = nn.Sequential([norm(), dense(), nn.gelu, norm()])
-        self.encoder = [(mixer(), mlp()) for _ in blocks]
-        value = Dense(1, kernel_init=orthogonal(0.01))
-        self.value_head = nn.Sequential([dense(), nn.gelu, norm(), value])
+        mlp = partial(Mlp, self.kind) if self.has_mlp else norm
+
+        def embed(*first):
+            return nn.Sequential([*first, dense(), nn.gelu, norm()])
+
+        self.obs_embed = embed(norm())
+        self.encoder = [(mixer(), mlp()) for _ in range(self.num_blocks)]
+        self.value_head = nn.Sequential([embed(), Dense(1, kernel_init=orthogonal(0.01))])
         self.nobody = self.param("nobody", normal(0.3), (self.num_actions,))  # for the first agent
-        self.action_embed = nn.Sequential([dense(), nn.gelu, norm()])
-        self.decoder = [(mixer(), mixer(), mlp()) for _ in blocks]
-        self.policy_embed = nn.Sequential([dense(), nn.gelu, norm()])
+        self.action_embed = embed()
+        self.decoder = [(mixer(), mixer(), mlp()) for _ in range(self.num_blocks)]
+        self.policy_embed = embed()
         self.policy = Policy(self.num_actions, self.continuous)
 
     def encode(self, agents_view):
@@ -333,7 +335,7 @@ class Learner(nn.Module):
 def make_networks(args, env):
     sizes = (args.embed_dim, args.num_heads, args.num_blocks, env.num_actions, env.continuous)
     learner = Learner(args.learner_hidden_dim, env.num_actions, env.continuous)
-    return Guider(args.guider, *sizes), learner
+    return Guider(args.guider, *sizes, args.guider_mlp), learner
 
 
 def guider_act(guider, params, obs, key, greedy=False):
@@ -346,18 +348,18 @@ def guider_act(guider, params, obs, key, greedy=False):
     obs_tokens, value = guider.apply(params, obs.agents_view, method="encode")
 
     def undecided(carry):
-        passes, before, action, _ = carry
-        return jnp.any(action != before) & (passes < value.shape[-1])
+        passes, changed, *_ = carry
+        return changed & (passes < value.shape[-1])
 
     def decide(carry):
         passes, _, before, _ = carry
         policy = guider.apply(params, obs_tokens, obs, before, method="decode")
         action = policy.mode() if greedy else policy.sample(seed=key)
-        return passes + 1, before, action, policy.log_prob(action)
+        return passes + 1, jnp.any(action != before), action, policy.log_prob(action)
 
     first = jnp.zeros_like(obs.action_mask, float)
     first = first if guider.continuous else jnp.int32(first[..., 0])
-    carry = (0, first - 1, first, jnp.zeros_like(value))
+    carry = (0, True, first, jnp.zeros_like(value))
     _, _, action, log_prob = lax.while_loop(undecided, decide, carry)
     return action, log_prob, value
 
@@ -374,12 +376,13 @@ class Transition(NamedTuple):  # one step; a rollout stacks them to (T, B, ..)
     obs: Observation
     action: jax.Array  # (N,) int32, or (N, A) float32 if continuous
     behaviour_log_prob: jax.Array  # (N,) of the guider that acted, mu_old
-    value: jax.Array  # (N,) at collection
+    value: jax.Array  # (N,) at collection, normalised
     reward: jax.Array  # (N,)
     discount: jax.Array  # () 0 where the episode terminated
     last: jax.Array  # () bool, the episode ended: terminated or truncated
     after: EnvState  # what followed, also at the end of an episode, without its game
     advantage: Any = None  # (N,), once the rollout is complete
+    target: Any = None  # (N,) of the value, normalised
 
 
 class TrainState(NamedTuple):  # what one iteration hands to the next, on each device
@@ -387,6 +390,7 @@ class TrainState(NamedTuple):  # what one iteration hands to the next, on each d
     opt_state: Any
     env_state: EnvState  # (B, ..)
     key: jax.Array
+    value_scale: jax.Array  # (2,) mean and std of recent targets, in which values are told
     iteration: jax.Array  # () int32, iterations done: what a schedule depends on
 
 
@@ -436,10 +440,7 @@ def minibatch_loss(params, args, guider, learner, mb):
     clipped_ratio = jnp.clip(ratio, 1 - args.clip_coef, 1 + args.clip_coef)
     guider_policy_loss = ppo_loss(ratio, clipped_ratio, advantage)
     guider_entropy = jnp.mean(guider_policy.entropy())
-    target = mb.value + mb.advantage
-    clipped_value = mb.value + jnp.clip(value - mb.value, -args.clip_coef, args.clip_coef)
-    error = jnp.maximum(jnp.square(value - target), jnp.square(clipped_value - target))
-    value_loss = 0.5 * jnp.mean(error)
+    value_loss = 0.5 * jnp.mean(jnp.square(value - mb.target))
     loss = guider_policy_loss - args.ent_coef * guider_entropy + args.vf_coef * value_loss
 
     # STEP 3/3: the learner follows
@@ -479,12 +480,10 @@ def collect(args, env, guider, state):
         transition = Transition(before.obs, action, log_prob, value, *results)
         # The number of each ended episode, from 0; what the others get here is never used.
         entry = (num_ended + jnp.cumsum(transition.last) - 1) % batch_size
-
-        def replace_ended(fresh, current):
-            return jax.vmap(jnp.where)(transition.last, fresh[entry], current)
-
+        fresh = jax.tree.map(lambda x: x[entry], pool)
+        ready = jax.tree.map(partial(jax.vmap(jnp.where), transition.last), fresh, after)
         num_ended += jnp.sum(transition.last)
-        return (jax.tree.map(replace_ended, pool, after), num_ended), transition
+        return (ready, num_ended), transition
 
     keys = jax.random.split(act_key, args.num_steps)
     (env_state, _), rollout = lax.scan(step, (state.env_state, 0), keys)
@@ -503,8 +502,15 @@ def train_iteration(args, env, guider, learner, state):
     # One pass of the encoder gives every next value, also those of the true last observations.
     _, next_value = guider.apply(
         state.params["guider"], rollout.after.obs.agents_view, method="encode")
-    advantage = gae(rollout, next_value, args.gamma, args.gae_lambda)
-    rollout = rollout._replace(advantage=advantage)
+    # D19: values are told as (value - mean) / std of recent targets, for a loss of one scale.
+    mean, std = state.value_scale
+    scaled = rollout._replace(value=mean + std * rollout.value)
+    advantage = gae(scaled, mean + std * next_value, args.gamma, args.gae_lambda)
+    target = scaled.value + advantage
+    seen = lax.pmean(jnp.stack([jnp.mean(target), jnp.maximum(jnp.std(target), 0.1)]), "device")
+    share = jnp.maximum(0.1, 1 / (state.iteration + 1))  # the first ten iterations count alike
+    mean, std = value_scale = (1 - share) * state.value_scale + share * seen
+    rollout = rollout._replace(advantage=advantage, target=(target - mean) / std)
     samples = jax.tree.map(lambda x: rearrange(x, "t b ... -> (t b) ..."), rollout)
     key, shuffle_key = jax.random.split(state.key)
     order = jnp.tile(jnp.arange(len(samples.action)), (args.update_epochs, 1))
@@ -524,16 +530,15 @@ def train_iteration(args, env, guider, learner, state):
         return (optax.apply_updates(params, updates), opt_state), losses
 
     (params, opt_state), losses = lax.scan(update, (state.params, state.opt_state), indices)
-    state = TrainState(params, opt_state, state.env_state, key, state.iteration + 1)
+    state = TrainState(params, opt_state, state.env_state, key, value_scale, state.iteration + 1)
 
     losses["first_ratio"] = losses.pop("ratio")[0]  # 1 as long as acting and training agree
     metrics = {f"losses/{name}": jnp.mean(x) for name, x in losses.items()}
     metrics["charts/learning_rate"] = rate
     # The advantage is the target less the value: its variance is what the values do not explain.
-    variances = jnp.var(advantage), jnp.var(rollout.value + advantage)
-    unexplained, total = lax.pmean(variances, "device")
+    unexplained, total = lax.pmean((jnp.var(advantage), jnp.var(target)), "device")
     metrics["losses/explained_variance"] = 1 - unexplained / (total + 1e-8)
-    ended = {name: jnp.sum(x * rollout.last) for name, x in rollout.after.episode.items()}
+    ended = jax.tree.map(lambda x: jnp.sum(x * rollout.last), rollout.after.episode)
     ended["episodes"] = jnp.sum(1.0 * rollout.last)
     return state, metrics | lax.psum(ended, "device")
 
@@ -548,7 +553,7 @@ def init_state(args, env, guider, learner, params_key, key):
     params = {"guider": guider.init(guider_key, env_state.obs, action)}
     params["learner"] = learner.init(learner_key, env_state.obs)
     opt_state = make_optimizer(args, args.learning_rate).init(params)
-    return TrainState(params, opt_state, env_state, key, jnp.int32(0))
+    return TrainState(params, opt_state, env_state, key, jnp.array([0.0, 1.0]), jnp.int32(0))
 
 
 # -------------------- Evaluation ------------------------------------------------------------------
@@ -624,8 +629,8 @@ def load_checkpoint(path, like):
     """Reads a state of the structure, shapes and types of `like`, and the progress."""
     try:
         with np.load(path) as file:
-            progress = json.loads(str(file["progress"]))
-            leaves = [file[f"arr_{i}"] for i in range(len(file.files) - 1)]
+            progress, *leaves = map(file.get, file.files)
+        progress = json.loads(str(progress))
         state = jax.tree.unflatten(jax.tree.structure(like), leaves)
         chex.assert_trees_all_equal_shapes_and_dtypes(state, like)
         multihost_utils.assert_equal(progress["iteration"], "the processes stopped apart")
@@ -638,10 +643,7 @@ def load_checkpoint(path, like):
 def open_run(args):
     """Makes the run's folder, with args.json in it, and begins tracking -> folder, W&B's run."""
     name = f"{args.env_id}__{args.scenario}__{args.exp_name}__{args.seed}".replace(":", "_")
-    now = int(time.time())
-    while Path(args.run_dir, f"{name}__{now}").exists():  # another run began in the same second
-        now += 1
-    now = multihost_utils.broadcast_one_to_all(now)
+    now = multihost_utils.broadcast_one_to_all(int(time.time()))
     folder = Path(args.resume or f"{args.run_dir}/{name}__{now}")
     versions = {name: importlib.metadata.version(name) for name in ("jax", "jumanji")}
     about = {"script": SCRIPT, "args": vars(args), "command": sys.argv, "versions": versions}
@@ -711,7 +713,7 @@ def parse_args():
         about = json.loads(Path(args.resume, "args.json").read_text())
         here = {"resume": args.resume, "run_dir": str(Path(args.resume).parent)}
         of_the_run = Args(**about["args"] | here)
-    except (OSError, KeyError, TypeError, ValueError) as error:
+    except Exception as error:  # whatever it may be, it is no run's folder
         refuse(f"--resume {args.resume}: is no run's folder: {error}")
     if about["script"] != SCRIPT:
         refuse(f"--resume {args.resume}: is a run of {about['script']}")
@@ -738,7 +740,7 @@ def start_jax(args):
             jax.config.update("jax_num_cpu_devices", args.num_devices)
         if args.distributed or args.num_devices == 0:
             args.num_devices = jax.device_count()
-    except (AssertionError, RuntimeError, ValueError) as error:
+    except Exception as error:
         refuse(f"JAX does not start (--distributed, JAX_PLATFORMS): {error!r}")
 
 
@@ -841,8 +843,7 @@ def main():
     start_jax(args)
     check_args(args)
     env = make_env(args.env_id, args.scenario)
-    hardware = f"{args.num_devices} x {jax.devices()[0].device_kind}"
-    print(f"{SCRIPT}: {args.env_id} {args.scenario or '-'}, {env.num_agents} agents, {hardware}")
+    print(f"{SCRIPT}: {env.num_agents} agents, {args.num_devices} x {jax.devices()[0].device_kind}")
     if args.dry_run:
         return 0
     if not jax.config.jax_compilation_cache_dir:  # compiled programs are kept beside the runs

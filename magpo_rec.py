@@ -24,18 +24,14 @@ Steps 2 to 4 are one gradient step on each minibatch. No parameter is ever copie
 stops the gradient that would take the guider further out, and where it is out the KL pulls it back.
 
 Memory (`diff magpo_ff.py magpo_rec.py`): the guider's retention decays over the steps of an episode
-(`Mixer`), the learner has a GRU (`Learner`), and minibatches hold whole rollouts. Both forget where
-an episode begins, at timestep 0. Their hidden states at the start of a rollout are kept for
-training; from the second gradient step on they are a little stale, as in the official code.
+(`Mixer`), the learner has a GRU (`Learner`). Both forget at timestep 0. Minibatches hold rollouts,
+whose first hidden states are a little stale after the first gradient step, as in the official code.
 
 Shapes in comments: T steps of a rollout, B environments on a device, M sequences of a minibatch, N
 agents, A actions, O features of an observation, E width of the guider, H heads, C steps of a chunk,
 K chunks of a rollout, F width of the learner, D devices, .. any axes. D with a number (D1, D2, ..)
 is a detail that the README compares with the official code.
-
-The file in its order: flags; the environment as the algorithm sees it; networks, and how they act;
-losses; an iteration, which collects and learns; evaluation. What has nothing to do with MAGPO comes
-last: saving, logging, starting (flags and devices) and the outer loop.
+What has nothing to do with MAGPO comes last: saving, logging, starting and the outer loop.
 """
 import collections
 import dataclasses
@@ -114,6 +110,7 @@ class Args:  # tyro shows the comment behind a flag as its help; [in brackets]: 
     embed_dim: int = 64  # E: width of the guider [n_embd]
     num_heads: int = 1  # H: heads of the guider [n_head]
     num_blocks: int = 1  # blocks of the guider's encoder, and of its decoder [n_block]
+    guider_mlp: bool = True  # an MLP in each block; Sable's official tuned rows are without
     decay_scaling_factor: float = 0.8  # times the decay of sable's memory per step; 0: no memory
     chunk_steps: int = 0  # most steps of a chunk of sable's, for speed alone; 0: automatic
     learner_hidden_dim: int = 128  # F: width of the learner's three hidden layers, one a GRU
@@ -243,8 +240,8 @@ class Mixer(nn.Module):
     Retention is attention with a decay per step in place of the softmax: token i of step t_i reads
     sum_j decay^(t_i - t_j) (q_i . k_j) v_j over all tokens j that it may see. The same is q_i S_i
     with a memory S, (E / H, E / H), that decays with each step and gains k_j v_j^T with each token.
-    Training goes pair by pair within a chunk of C steps, and through S between chunks, so that its
-    cost is linear in T; acting is a chunk of one step.
+    Training goes pair by pair within a chunk of C steps, and through S between chunks, at a cost
+    linear in T; acting is a chunk of one step.
     D6: Sable's matrices start as normal(1 / E), each head has a norm, a gate reads what keys read.
     """
 
@@ -273,7 +270,6 @@ class Mixer(nn.Module):
             by_chunk = "m (k t) n (h e) -> k m h (t n) e"
             return rearrange(tokens, by_chunk, h=self.num_heads, t=chunk_steps)
 
-        # All pairs of tokens of a chunk.
         queries = heads("query", x + encoding) / math.sqrt(embed_dim // self.num_heads)
         keys, values = heads("key", source), heads("value", source)
         scores = queries @ jnp.swapaxes(keys, -1, -2)  # (K, M, H, C * N, C * N)
@@ -313,7 +309,9 @@ class Mlp(nn.Module):
         dense = partial(Dense, x.shape[-1])
         up = dense(name="up")(x)
         hidden = nn.gelu(up) if self.kind == "mat" else nn.swish(up) * dense(name="gate")(x)
-        return NORM[self.kind](name="norm")(x + dense(name="down")(hidden))
+        # D18: the official SwiGLU starts at zero, in all its matrices, and so stays there: no MLP.
+        out = dense(kernel_init=orthogonal(0.01), name="down")(hidden)
+        return NORM[self.kind](name="norm")(x + out)
 
 
 class Policy(nn.Module):
@@ -344,22 +342,25 @@ class Guider(nn.Module):
     chunk_steps: int
     num_actions: int
     continuous: bool
+    has_mlp: bool = True
 
     def setup(self):
         norm = NORM[self.kind]
         dense = partial(Dense, self.embed_dim)
         memory = (self.decay_scaling_factor, self.chunk_steps)
         mixer = partial(Mixer, self.kind, self.num_heads, *memory)
-        mlp = partial(Mlp, self.kind)
-        blocks = range(self.num_blocks)
-        self.obs_embed = nn.Sequential([norm(), dense(), nn.gelu, norm()])
-        self.encoder = [(mixer(), mlp()) for _ in blocks]
-        value = Dense(1, kernel_init=orthogonal(0.01))
-        self.value_head = nn.Sequential([dense(), nn.gelu, norm(), value])
+        mlp = partial(Mlp, self.kind) if self.has_mlp else norm
+
+        def embed(*first):
+            return nn.Sequential([*first, dense(), nn.gelu, norm()])
+
+        self.obs_embed = embed(norm())
+        self.encoder = [(mixer(), mlp()) for _ in range(self.num_blocks)]
+        self.value_head = nn.Sequential([embed(), Dense(1, kernel_init=orthogonal(0.01))])
         self.nobody = self.param("nobody", normal(0.3), (self.num_actions,))  # for the first agent
-        self.action_embed = nn.Sequential([dense(), nn.gelu, norm()])
-        self.decoder = [(mixer(), mixer(), mlp()) for _ in blocks]
-        self.policy_embed = nn.Sequential([dense(), nn.gelu, norm()])
+        self.action_embed = embed()
+        self.decoder = [(mixer(), mixer(), mlp()) for _ in range(self.num_blocks)]
+        self.policy_embed = embed()
         self.policy = Policy(self.num_actions, self.continuous)
 
     def encode(self, agents_view, timestep, hidden):
@@ -434,14 +435,14 @@ def make_networks(args, env):
     longest = args.chunk_steps or max(32 // env.num_agents, 1)  # 32 tokens are fast on a CPU
     chunk_steps = max(c for c in range(1, longest + 1) if args.num_steps % c == 0)
     sizes = (args.embed_dim, args.num_heads, args.num_blocks, args.decay_scaling_factor)
-    learner = Learner(args.learner_hidden_dim, env.num_actions, env.continuous)
-    return Guider(args.guider, *sizes, chunk_steps, env.num_actions, env.continuous), learner
+    actions = (env.num_actions, env.continuous)
+    learner = Learner(args.learner_hidden_dim, *actions)
+    return Guider(args.guider, *sizes, chunk_steps, *actions, args.guider_mlp), learner
 
 
 def init_hidden(args, env, batch_size):
-    """What guider and learner remember before an episode. Anything would do, for at timestep 0 it
-    is forgotten. The guider has a memory S for each mixer of its blocks, which mat leaves as it is;
-    each agent has a hidden state of the learner's GRU.
+    """Of the guider a memory S for each mixer, which mat leaves as it is; of the learner's GRU a
+    hidden state for each agent. Anything would do, for at timestep 0 it is forgotten.
     """
     width = args.embed_dim // args.num_heads
     memory = jnp.zeros((batch_size, args.num_heads, width, width))
@@ -468,19 +469,19 @@ def guider_act(guider, params, obs, timestep, hidden, key, greedy=False):
         params, obs.agents_view, timestep, hidden["encoder"], method="encode")
 
     def undecided(carry):
-        passes, before, action, *_ = carry
-        return jnp.any(action != before) & (passes < value.shape[-1])
+        passes, changed, *_ = carry
+        return changed & (passes < value.shape[-1])
 
     def decide(carry):
         passes, _, before, *_ = carry
         policy, new_hidden = guider.apply(
             params, obs_tokens, obs, before, timestep, hidden["decoder"], method="decode")
         action = policy.mode() if greedy else policy.sample(seed=key)
-        return passes + 1, before, action, policy.log_prob(action), new_hidden
+        return passes + 1, jnp.any(action != before), action, policy.log_prob(action), new_hidden
 
     first = jnp.zeros_like(obs.action_mask, float)
     first = first if guider.continuous else jnp.int32(first[..., 0])
-    carry = (0, first - 1, first, jnp.zeros_like(value), hidden["decoder"])
+    carry = (0, True, first, jnp.zeros_like(value), hidden["decoder"])
     _, _, action, log_prob, decoder_hidden = lax.while_loop(undecided, decide, carry)
     hidden = {"encoder": encoder_hidden, "decoder": decoder_hidden}
     return action[:, 0], log_prob[:, 0], value[:, 0], hidden
@@ -499,13 +500,14 @@ class Transition(NamedTuple):  # one step; a rollout stacks them to (T, B, ..)
     timestep: jax.Array  # () steps since the episode began, 0 at its first observation
     action: jax.Array  # (N,) int32, or (N, A) float32 if continuous
     behaviour_log_prob: jax.Array  # (N,) of the guider that acted, mu_old
-    value: jax.Array  # (N,) at collection
+    value: jax.Array  # (N,) at collection, normalised
     reward: jax.Array  # (N,)
     discount: jax.Array  # () 0 where the episode terminated
     last: jax.Array  # () bool, the episode ended: terminated or truncated
-    after: EnvState  # what followed, also at the end of an episode, without its game
-    next_value: jax.Array  # (N,) of what followed
+    episode: dict  # so far, of what followed
+    next_value: jax.Array  # (N,) of what followed, normalised
     advantage: Any = None  # (N,), once the rollout is complete
+    target: Any = None  # (N,) of the value, normalised
     hidden: Any = None  # at the start of the rollout, (B, ..) or (M, ..)
 
 
@@ -515,6 +517,7 @@ class TrainState(NamedTuple):  # what one iteration hands to the next, on each d
     env_state: EnvState  # (B, ..)
     hidden: dict  # (B, ..)
     key: jax.Array
+    value_scale: jax.Array  # (2,) mean and std of recent targets, in which values are told
     iteration: jax.Array  # () int32, iterations done: what a schedule depends on
 
 
@@ -579,15 +582,11 @@ def minibatch_loss(params, args, guider, learner, mb):
         guider_log_prob, learner_log_prob, mb.behaviour_log_prob, args.delta, args.clip_coef)
     guider_policy_loss = ppo_loss(ratio, clipped_ratio, advantage)
     guider_entropy = jnp.mean(guider_policy.entropy())
-    target = mb.value + mb.advantage
-    clipped_value = mb.value + jnp.clip(value - mb.value, -args.clip_coef, args.clip_coef)
-    error = jnp.maximum(jnp.square(value - target), jnp.square(clipped_value - target))
-    value_loss = 0.5 * jnp.mean(error)
+    value_loss = 0.5 * jnp.mean(jnp.square(value - mb.target))
     loss = guider_policy_loss - args.ent_coef * guider_entropy + args.vf_coef * value_loss
 
-    # STEP 3/4: the learner follows. The advantage is the guider's, and serves it as far as the
-    # tether keeps it near. Theorem 4.1 has KL(pi || mu), which picks one solution; this, as in the
-    # official code, averages solutions, and leaves it to the tether to part them.
+    # STEP 3/4: the learner follows. Theorem 4.1 has KL(pi || mu), which picks one solution; this,
+    # as in the official code, averages solutions, and leaves it to the tether to part them.
     learner_kl = jnp.mean(lax.stop_gradient(guider_policy).kl_divergence(learner_policy))
     learner_ratio = jnp.exp(learner_log_prob - mb.behaviour_log_prob)
     clipped_ratio = jnp.clip(learner_ratio, 1 - args.clip_coef, 1 + args.clip_coef)
@@ -618,8 +617,7 @@ def minibatch_loss(params, args, guider, learner, mb):
 def collect(args, env, guider, learner, state):
     """Plays T steps in B environments -> state, rollout (T, B, ..).
 
-    The hidden states go along, the guider's as it acts, the learner's as it watches. Both are reset
-    by the timestep alone, which is 0 at the first observation of an episode.
+    The hidden states go along, the guider's as it acts, the learner's as it watches.
 
     D11: fresh starts come from a pool of B made once per rollout, because a reset inside the step
     would be computed for every environment in every step. The k-th episode that ends is followed by
@@ -643,16 +641,14 @@ def collect(args, env, guider, learner, state):
         view, timestep = add_time((after.obs.agents_view, after.episode["length"]))
         _, next_value, _ = guider.apply(
             state.params["guider"], view, timestep, guider_hidden["encoder"], method="encode")
-        results = (reward, discount, last, after._replace(game=None), next_value[:, 0])
+        results = (reward, discount, last, after.episode, next_value[:, 0])
         transition = Transition(*now, action, log_prob, value, *results)
         # The number of each ended episode, from 0; what the others get here is never used.
         entry = (num_ended + jnp.cumsum(last) - 1) % batch_size
-
-        def replace_ended(fresh, current):
-            return jax.vmap(jnp.where)(last, fresh[entry], current)
-
+        fresh = jax.tree.map(lambda x: x[entry], pool)
+        ready = jax.tree.map(partial(jax.vmap(jnp.where), last), fresh, after)
         num_ended += jnp.sum(last)
-        return (jax.tree.map(replace_ended, pool, after), hidden, num_ended), transition
+        return (ready, hidden, num_ended), transition
 
     keys = jax.random.split(act_key, args.num_steps)
     carry = (state.env_state, state.hidden, 0)
@@ -670,8 +666,16 @@ def train_iteration(args, env, guider, learner, state):
     """One rollout and all updates from it, on each device -> state, metrics to add up."""
     hidden = state.hidden
     state, rollout = collect(args, env, guider, learner, state)
-    advantage = gae(rollout, args.gamma, args.gae_lambda)
-    rollout = rollout._replace(advantage=advantage)
+    # D19: values are told as (value - mean) / std of recent targets, for a loss of one scale.
+    mean, std = state.value_scale
+    scaled = rollout._replace(
+        value=mean + std * rollout.value, next_value=mean + std * rollout.next_value)
+    advantage = gae(scaled, args.gamma, args.gae_lambda)
+    target = scaled.value + advantage
+    seen = lax.pmean(jnp.stack([jnp.mean(target), jnp.maximum(jnp.std(target), 0.1)]), "device")
+    share = jnp.maximum(0.1, 1 / (state.iteration + 1))  # the first ten iterations count alike
+    mean, std = value_scale = (1 - share) * state.value_scale + share * seen
+    rollout = rollout._replace(advantage=advantage, target=(target - mean) / std)
     samples = jax.tree.map(lambda x: rearrange(x, "t b ... -> b t ..."), rollout)
     # Sequences stay whole, (B, T, ..), each with the hidden states before its first step.
     samples = samples._replace(hidden=hidden)
@@ -694,16 +698,15 @@ def train_iteration(args, env, guider, learner, state):
 
     (params, opt_state), losses = lax.scan(update, (state.params, state.opt_state), indices)
     state = TrainState(
-        params, opt_state, state.env_state, state.hidden, key, state.iteration + 1)
+        params, opt_state, state.env_state, state.hidden, key, value_scale, state.iteration + 1)
 
     losses["first_ratio"] = losses.pop("ratio")[0]  # 1 as long as acting and training agree
     metrics = {f"losses/{name}": jnp.mean(x) for name, x in losses.items()}
     metrics["charts/learning_rate"] = rate
     # The advantage is the target less the value: its variance is what the values do not explain.
-    variances = jnp.var(advantage), jnp.var(rollout.value + advantage)
-    unexplained, total = lax.pmean(variances, "device")
+    unexplained, total = lax.pmean((jnp.var(advantage), jnp.var(target)), "device")
     metrics["losses/explained_variance"] = 1 - unexplained / (total + 1e-8)
-    ended = {name: jnp.sum(x * rollout.last) for name, x in rollout.after.episode.items()}
+    ended = jax.tree.map(lambda x: jnp.sum(x * rollout.last), rollout.episode)
     ended["episodes"] = jnp.sum(1.0 * rollout.last)
     return state, metrics | lax.psum(ended, "device")
 
@@ -720,7 +723,8 @@ def init_state(args, env, guider, learner, params_key, key):
     params = {"guider": guider.init(guider_key, obs, action, timestep, hidden["guider"])}
     params["learner"] = learner.init(learner_key, obs, timestep, hidden["learner"])
     opt_state = make_optimizer(args, args.learning_rate).init(params)
-    return TrainState(params, opt_state, env_state, hidden, key, jnp.int32(0))
+    scale = jnp.array([0.0, 1.0])
+    return TrainState(params, opt_state, env_state, hidden, key, scale, jnp.int32(0))
 
 
 # -------------------- Evaluation ------------------------------------------------------------------
@@ -800,8 +804,8 @@ def load_checkpoint(path, like):
     """Reads a state of the structure, shapes and types of `like`, and the progress."""
     try:
         with np.load(path) as file:
-            progress = json.loads(str(file["progress"]))
-            leaves = [file[f"arr_{i}"] for i in range(len(file.files) - 1)]
+            progress, *leaves = map(file.get, file.files)
+        progress = json.loads(str(progress))
         state = jax.tree.unflatten(jax.tree.structure(like), leaves)
         chex.assert_trees_all_equal_shapes_and_dtypes(state, like)
         multihost_utils.assert_equal(progress["iteration"], "the processes stopped apart")
@@ -814,10 +818,7 @@ def load_checkpoint(path, like):
 def open_run(args):
     """Makes the run's folder, with args.json in it, and begins tracking -> folder, W&B's run."""
     name = f"{args.env_id}__{args.scenario}__{args.exp_name}__{args.seed}".replace(":", "_")
-    now = int(time.time())
-    while Path(args.run_dir, f"{name}__{now}").exists():  # another run began in the same second
-        now += 1
-    now = multihost_utils.broadcast_one_to_all(now)
+    now = multihost_utils.broadcast_one_to_all(int(time.time()))
     folder = Path(args.resume or f"{args.run_dir}/{name}__{now}")
     versions = {name: importlib.metadata.version(name) for name in ("jax", "jumanji")}
     about = {"script": SCRIPT, "args": vars(args), "command": sys.argv, "versions": versions}
@@ -887,7 +888,7 @@ def parse_args():
         about = json.loads(Path(args.resume, "args.json").read_text())
         here = {"resume": args.resume, "run_dir": str(Path(args.resume).parent)}
         of_the_run = Args(**about["args"] | here)
-    except (OSError, KeyError, TypeError, ValueError) as error:
+    except Exception as error:  # whatever it may be, it is no run's folder
         refuse(f"--resume {args.resume}: is no run's folder: {error}")
     if about["script"] != SCRIPT:
         refuse(f"--resume {args.resume}: is a run of {about['script']}")
@@ -914,7 +915,7 @@ def start_jax(args):
             jax.config.update("jax_num_cpu_devices", args.num_devices)
         if args.distributed or args.num_devices == 0:
             args.num_devices = jax.device_count()
-    except (AssertionError, RuntimeError, ValueError) as error:
+    except Exception as error:
         refuse(f"JAX does not start (--distributed, JAX_PLATFORMS): {error!r}")
 
 
@@ -1019,8 +1020,7 @@ def main():
     start_jax(args)
     check_args(args)
     env = make_env(args.env_id, args.scenario)
-    hardware = f"{args.num_devices} x {jax.devices()[0].device_kind}"
-    print(f"{SCRIPT}: {args.env_id} {args.scenario or '-'}, {env.num_agents} agents, {hardware}")
+    print(f"{SCRIPT}: {env.num_agents} agents, {args.num_devices} x {jax.devices()[0].device_kind}")
     if args.dry_run:
         return 0
     if not jax.config.jax_compilation_cache_dir:  # compiled programs are kept beside the runs

@@ -23,10 +23,7 @@ Memory: learner and critic have a GRU each, and minibatches hold whole rollouts.
 Shapes in comments: T steps of a rollout, B environments on a device, M sequences of a minibatch, N
 agents, A actions, O features of an observation, F width of a hidden state, D devices, .. any
 axes. D with a number (D1, D2, ..) is a detail that the README compares with the official code.
-
-The file in its order: flags; the environment as the algorithm sees it; networks, and how they act;
-losses; an iteration, which collects and learns; evaluation. What has nothing to do with MAPPO comes
-last: saving, logging, starting (flags and devices) and the outer loop.
+What has nothing to do with MAPPO comes last: saving, logging, starting and the outer loop.
 """
 import collections
 import dataclasses
@@ -291,13 +288,14 @@ class Transition(NamedTuple):  # one step; a rollout stacks them to (T, B, ..)
     timestep: jax.Array  # () steps since the episode began, 0 at its first observation
     action: jax.Array  # (N,) int32, or (N, A) float32 if continuous
     behaviour_log_prob: jax.Array  # (N,) of the learner that acted, pi_old
-    value: jax.Array  # (N,) at collection
+    value: jax.Array  # (N,) at collection, normalised
     reward: jax.Array  # (N,)
     discount: jax.Array  # () 0 where the episode terminated
     last: jax.Array  # () bool, the episode ended: terminated or truncated
-    after: EnvState  # what followed, also at the end of an episode, without its game
-    next_value: jax.Array  # (N,) of what followed
+    episode: dict  # so far, of what followed
+    next_value: jax.Array  # (N,) of what followed, normalised
     advantage: Any = None  # (N,), once the rollout is complete
+    target: Any = None  # (N,) of the value, normalised
     hidden: Any = None  # at the start of the rollout, (B, ..) or (M, ..)
 
 
@@ -307,6 +305,7 @@ class TrainState(NamedTuple):  # what one iteration hands to the next, on each d
     env_state: EnvState  # (B, ..)
     hidden: dict  # (B, ..)
     key: jax.Array
+    value_scale: jax.Array  # (2,) mean and std of recent targets, in which values are told
     iteration: jax.Array  # () int32, iterations done: what a schedule depends on
 
 
@@ -357,10 +356,7 @@ def minibatch_loss(params, args, learner, critic, mb):
     loss = learner_policy_loss - args.ent_coef * learner_entropy
 
     # STEP 3/3: the critic is fitted
-    target = mb.value + mb.advantage
-    clipped_value = mb.value + jnp.clip(value - mb.value, -args.clip_coef, args.clip_coef)
-    error = jnp.maximum(jnp.square(value - target), jnp.square(clipped_value - target))
-    value_loss = 0.5 * jnp.mean(error)
+    value_loss = 0.5 * jnp.mean(jnp.square(value - mb.target))
     loss += args.vf_coef * value_loss
 
     return loss, {
@@ -401,16 +397,14 @@ def collect(args, env, learner, critic, state):
         # The value of what followed, which the next step values again unless the episode ended.
         following = add_time((after.obs, after.episode["length"]))
         next_value, _ = critic.apply(state.params["critic"], *following, critic_hidden)
-        results = (reward, discount, last, after._replace(game=None), next_value[:, 0])
+        results = (reward, discount, last, after.episode, next_value[:, 0])
         transition = Transition(*now, action, log_prob, value[:, 0], *results)
         # The number of each ended episode, from 0; what the others get here is never used.
         entry = (num_ended + jnp.cumsum(last) - 1) % batch_size
-
-        def replace_ended(fresh, current):
-            return jax.vmap(jnp.where)(last, fresh[entry], current)
-
+        fresh = jax.tree.map(lambda x: x[entry], pool)
+        ready = jax.tree.map(partial(jax.vmap(jnp.where), last), fresh, after)
         num_ended += jnp.sum(last)
-        return (jax.tree.map(replace_ended, pool, after), hidden, num_ended), transition
+        return (ready, hidden, num_ended), transition
 
     keys = jax.random.split(act_key, args.num_steps)
     carry = (state.env_state, state.hidden, 0)
@@ -428,8 +422,16 @@ def train_iteration(args, env, learner, critic, state):
     """One rollout and all updates from it, on each device -> state, metrics to add up."""
     hidden = state.hidden
     state, rollout = collect(args, env, learner, critic, state)
-    advantage = gae(rollout, args.gamma, args.gae_lambda)
-    rollout = rollout._replace(advantage=advantage)
+    # D19: values are told as (value - mean) / std of recent targets, for a loss of one scale.
+    mean, std = state.value_scale
+    scaled = rollout._replace(
+        value=mean + std * rollout.value, next_value=mean + std * rollout.next_value)
+    advantage = gae(scaled, args.gamma, args.gae_lambda)
+    target = scaled.value + advantage
+    seen = lax.pmean(jnp.stack([jnp.mean(target), jnp.maximum(jnp.std(target), 0.1)]), "device")
+    share = jnp.maximum(0.1, 1 / (state.iteration + 1))  # the first ten iterations count alike
+    mean, std = value_scale = (1 - share) * state.value_scale + share * seen
+    rollout = rollout._replace(advantage=advantage, target=(target - mean) / std)
     samples = jax.tree.map(lambda x: rearrange(x, "t b ... -> b t ..."), rollout)
     # Sequences stay whole, (B, T, ..), each with the hidden states before its first step.
     samples = samples._replace(hidden=hidden)
@@ -452,16 +454,15 @@ def train_iteration(args, env, learner, critic, state):
 
     (params, opt_state), losses = lax.scan(update, (state.params, state.opt_state), indices)
     state = TrainState(
-        params, opt_state, state.env_state, state.hidden, key, state.iteration + 1)
+        params, opt_state, state.env_state, state.hidden, key, value_scale, state.iteration + 1)
 
     losses["first_ratio"] = losses.pop("ratio")[0]  # 1 as long as acting and training agree
     metrics = {f"losses/{name}": jnp.mean(x) for name, x in losses.items()}
     metrics["charts/learning_rate"] = rate
     # The advantage is the target less the value: its variance is what the values do not explain.
-    variances = jnp.var(advantage), jnp.var(rollout.value + advantage)
-    unexplained, total = lax.pmean(variances, "device")
+    unexplained, total = lax.pmean((jnp.var(advantage), jnp.var(target)), "device")
     metrics["losses/explained_variance"] = 1 - unexplained / (total + 1e-8)
-    ended = {name: jnp.sum(x * rollout.last) for name, x in rollout.after.episode.items()}
+    ended = jax.tree.map(lambda x: jnp.sum(x * rollout.last), rollout.episode)
     ended["episodes"] = jnp.sum(1.0 * rollout.last)
     return state, metrics | lax.psum(ended, "device")
 
@@ -477,7 +478,8 @@ def init_state(args, env, learner, critic, params_key, key):
     params = {"learner": learner.init(learner_key, *first, hidden["learner"])}
     params["critic"] = critic.init(critic_key, *first, hidden["critic"])
     opt_state = make_optimizer(args, args.learning_rate).init(params)
-    return TrainState(params, opt_state, env_state, hidden, key, jnp.int32(0))
+    scale = jnp.array([0.0, 1.0])
+    return TrainState(params, opt_state, env_state, hidden, key, scale, jnp.int32(0))
 
 
 # -------------------- Evaluation ------------------------------------------------------------------
@@ -553,8 +555,8 @@ def load_checkpoint(path, like):
     """Reads a state of the structure, shapes and types of `like`, and the progress."""
     try:
         with np.load(path) as file:
-            progress = json.loads(str(file["progress"]))
-            leaves = [file[f"arr_{i}"] for i in range(len(file.files) - 1)]
+            progress, *leaves = map(file.get, file.files)
+        progress = json.loads(str(progress))
         state = jax.tree.unflatten(jax.tree.structure(like), leaves)
         chex.assert_trees_all_equal_shapes_and_dtypes(state, like)
         multihost_utils.assert_equal(progress["iteration"], "the processes stopped apart")
@@ -567,10 +569,7 @@ def load_checkpoint(path, like):
 def open_run(args):
     """Makes the run's folder, with args.json in it, and begins tracking -> folder, W&B's run."""
     name = f"{args.env_id}__{args.scenario}__{args.exp_name}__{args.seed}".replace(":", "_")
-    now = int(time.time())
-    while Path(args.run_dir, f"{name}__{now}").exists():  # another run began in the same second
-        now += 1
-    now = multihost_utils.broadcast_one_to_all(now)
+    now = multihost_utils.broadcast_one_to_all(int(time.time()))
     folder = Path(args.resume or f"{args.run_dir}/{name}__{now}")
     versions = {name: importlib.metadata.version(name) for name in ("jax", "jumanji")}
     about = {"script": SCRIPT, "args": vars(args), "command": sys.argv, "versions": versions}
@@ -639,7 +638,7 @@ def parse_args():
         about = json.loads(Path(args.resume, "args.json").read_text())
         here = {"resume": args.resume, "run_dir": str(Path(args.resume).parent)}
         of_the_run = Args(**about["args"] | here)
-    except (OSError, KeyError, TypeError, ValueError) as error:
+    except Exception as error:  # whatever it may be, it is no run's folder
         refuse(f"--resume {args.resume}: is no run's folder: {error}")
     if about["script"] != SCRIPT:
         refuse(f"--resume {args.resume}: is a run of {about['script']}")
@@ -666,7 +665,7 @@ def start_jax(args):
             jax.config.update("jax_num_cpu_devices", args.num_devices)
         if args.distributed or args.num_devices == 0:
             args.num_devices = jax.device_count()
-    except (AssertionError, RuntimeError, ValueError) as error:
+    except Exception as error:
         refuse(f"JAX does not start (--distributed, JAX_PLATFORMS): {error!r}")
 
 
@@ -768,8 +767,7 @@ def main():
     start_jax(args)
     check_args(args)
     env = make_env(args.env_id, args.scenario)
-    hardware = f"{args.num_devices} x {jax.devices()[0].device_kind}"
-    print(f"{SCRIPT}: {args.env_id} {args.scenario or '-'}, {env.num_agents} agents, {hardware}")
+    print(f"{SCRIPT}: {env.num_agents} agents, {args.num_devices} x {jax.devices()[0].device_kind}")
     if args.dry_run:
         return 0
     if not jax.config.jax_compilation_cache_dir:  # compiled programs are kept beside the runs

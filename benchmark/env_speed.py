@@ -70,7 +70,7 @@ def make_players(task: str, options: Options) -> Tuple[Callable, Callable]:
     args = magpo_ff.Args(num_envs=options.num_envs, num_steps=options.num_steps, num_devices=1)
     key = jax.random.PRNGKey(0)
     env_state = jax.jit(jax.vmap(env.reset))(jax.random.split(key, options.num_envs))
-    state = magpo_ff.TrainState({"guider": None}, None, env_state, key, jnp.int32(0))
+    state = magpo_ff.TrainState({"guider": None}, None, env_state, key, None, jnp.int32(0))
 
     def play_collect(state):
         _, rollout = magpo_ff.collect(args, env, env, state)

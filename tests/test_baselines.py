@@ -486,7 +486,7 @@ def test_smoke(script, monkeypatch, capsys, tmp_path):
     (run_dir,) = (tmp_path / "runs").glob("CoordSum*")
     assert read_rows(run_dir)[-1].keys() == KEYS
     out = capsys.readouterr().out
-    assert out.startswith(f"{script.__name__}.py: CoordSum-v0 2x3-4, 2 agents, 1 x cpu")
+    assert out.startswith(f"{script.__name__}.py: 2 agents, 1 x cpu")
 
 
 # -------------------- Flags -----------------------------------------------------------------------

@@ -293,7 +293,7 @@ def test_smoke_prints_plain_lines(smoke):
     """Without a terminal there is one plain line for each evaluation, and no progress bar."""
     script, done, folder, rows = smoke
     lines = done.stdout.splitlines()
-    assert lines[0] == f"{script.__name__}.py: CoordSum-v0 2x3-4, 2 agents, 1 x cpu"
+    assert lines[0] == f"{script.__name__}.py: 2 agents, 1 x cpu"
     assert [int(x) for x in re.findall(r"^global_step=(\d+)  ", done.stdout, re.M)] == [0, 64, 128]
     assert f"{rows[2]['eval/learner_return']:.2f}" in lines[3] and folder.name in lines[-1]
     assert not re.search("\r|\x1b|step/s", done.stdout)
