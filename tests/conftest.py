@@ -1,6 +1,8 @@
 """Which scripts define what, and random inputs that the tests share."""
 
 import ast
+import dataclasses
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -98,6 +100,27 @@ def environ(tmp_path_factory):
 def has_memory(script):
     """True for a script whose networks remember earlier steps."""
     return hasattr(script, "init_hidden")
+
+
+def make_parts(script, env, **flags):
+    """What the functions of an iteration take first, of small sizes -> (args, env, networks ..)."""
+    sizes = {"num_envs": 4, "num_steps": 8, "num_devices": 1, "embed_dim": 4}
+    sizes |= {"learner_hidden_dim": 4, "critic_hidden_dim": 4}
+    known = {field.name for field in dataclasses.fields(script.Args)}
+    args = script.Args(**{name: x for name, x in sizes.items() if name in known} | flags)
+    return args, env, *script.make_networks(args, env)
+
+
+def first_state(script, parts, seed=0):
+    """The state before the first iteration."""
+    init = jax.jit(functools.partial(script.init_state, *parts))
+    return init(*jax.random.split(jax.random.PRNGKey(seed)))
+
+
+def on_one_device(function, *first):
+    """The function, with these first arguments, as it runs on one device with an axis "device"."""
+    function = functools.partial(function, *first)
+    return jax.vmap(function, in_axes=None, out_axes=None, axis_size=1, axis_name="device")
 
 
 def random_like(seed, tree, scale=1.0):

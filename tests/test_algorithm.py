@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 
 import jax
@@ -12,15 +13,18 @@ from conftest import (
     ScriptedEnv,
     apply_guider,
     apply_learner,
+    first_state,
     has_memory,
     let_guider_act,
     make_guider,
+    make_parts,
+    on_one_device,
+    random_like,
     random_minibatch,
-    random_params,
     scripts_with,
     tags_and_times,
-    zero_hidden,
 )
+from jax.extend import core
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 INF = math.inf
@@ -58,27 +62,6 @@ def test_gae_equals_a_plain_loop(script, gae_lambda):
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
-GAE_BY_HAND = [  # lambda, what the middle step ends with, advantages
-    (1.0, "nothing", [3.75, 3.5, 3.0]), (1.0, "truncation", [3.0, 2.0, 3.0]),
-    (1.0, "termination", [2.5, 1.0, 3.0]), (0.7, "nothing", [3.0675, 3.05, 3.0]),
-    (0.7, "truncation", [2.7, 2.0, 3.0]), (0.7, "termination", [2.35, 1.0, 3.0]),
-]
-
-
-@pytest.mark.parametrize("gae_lambda, end, by_hand", GAE_BY_HAND)
-@pytest.mark.parametrize("script", scripts_with("gae"))
-def test_gae_by_hand(script, gae_lambda, end, by_hand):
-    """Three steps, gamma 0.5, errors 2, 2, 3; a termination takes gamma * next_value = 1 off the
-    middle one."""
-    # errors: 2 + 0, 1 + 1, 4 + 1 - 2
-    value, next_value = jnp.array([0.0, 0.0, 2.0]), jnp.array([0.0, 2.0, 2.0])
-    reward, last = jnp.array([2.0, 1.0, 4.0]), jnp.array([False, end != "nothing", False])
-    discount = jnp.array([1.0, 0.0 if end == "termination" else 1.0, 1.0])
-    steps = [x.reshape(3, 1, 1) for x in (reward, value, next_value)]
-    found = advantages(script, *steps, discount[:, None], last[:, None], 0.5, gae_lambda)
-    np.testing.assert_allclose(found.ravel(), by_hand, rtol=1e-6)
-
-
 # -------------------- The parts of the loss -------------------------------------------------------
 # pi = 0.2, delta = 2, epsilon = 0.2; rows: mu / pi below, inside, above the tether; columns: what
 # PPO's clip does then.
@@ -113,13 +96,6 @@ def test_double_clip_limits(script):
     np.testing.assert_allclose(near_pi, np.clip(np.exp(pi - mu_old), 0.8, 1.2), rtol=1e-6)
 
 
-@pytest.mark.parametrize("script", scripts_with("double_clip"))
-def test_delta_may_be_traced(script):
-    """A schedule of delta is a number inside the compiled program."""
-    found = jax.jit(script.double_clip)(-1.0, -2.0, -1.5, jnp.float32(2.0), 0.2)
-    np.testing.assert_allclose(found, script.double_clip(-1.0, -2.0, -1.5, 2.0, 0.2), rtol=1e-6)
-
-
 @pytest.mark.parametrize("script", scripts_with("ppo_loss"))
 def test_ppo_loss(script):
     """The pessimistic one of two products, by hand: 2.4, -0.8, -1.5, 1.0."""
@@ -132,37 +108,35 @@ def test_ppo_loss(script):
 # -------------------- The loss of a minibatch, and whom its gradients reach -----------------------
 NUM_SAMPLES, NUM_AGENTS, NUM_ACTIONS = 32, 3, 4
 COEFS = {"learner_rl_coef": 0.7, "ent_coef": 0.03, "vf_coef": 0.6, "clip_coef": 0.2}
-NOTHING_BUT_KL = {**COEFS, "learner_rl_coef": 0.0, "ent_coef": 0.0, "vf_coef": 0.0}
+NOTHING_BUT_KL = {"learner_rl_coef": 0.0, "ent_coef": 0.0, "vf_coef": 0.0}
 
 
 @functools.cache
 def make_problem(script):
-    """Networks with random parameters, and a minibatch that the guider, as it is, has acted on."""
+    """Networks with random parameters, and a minibatch that the guider has acted on before it moved
+    a little, so that the clips bite here and there."""
     guider = make_guider(script, "mat", 8, 2, 1, NUM_ACTIONS)
     learner = script.Learner(8, NUM_ACTIONS, False)
     mb, params = random_minibatch(script, 0, guider, learner, NUM_SAMPLES, NUM_AGENTS)
     act = jax.jit(functools.partial(let_guider_act, script, guider))
-    return guider, learner, params, act(params["guider"], mb, jax.random.PRNGKey(3))
+    mb = act(params["guider"], mb, jax.random.PRNGKey(3))
+    noise = 0.3 * jax.random.normal(jax.random.PRNGKey(8), mb.value.shape)
+    log_prob = mb.behaviour_log_prob + noise
+    return guider, learner, params, mb._replace(behaviour_log_prob=log_prob, value=mb.value + noise)
 
 
 @functools.cache
-def make_gradient(script, delta):
-    """minibatch_loss's gradient and parts on one device; one compilation serves all
-    coefficients."""
-    guider, learner, _, _ = make_problem(script)
-    args = script.Args(**({"delta": delta} if delta else {}))
+def make_gradient(script):
+    """minibatch_loss's gradient and parts by parameters, minibatch and coefficients, delta among
+    them; one compilation serves all."""
+    guider, learner, *_ = make_problem(script)
 
     def gradient(params, mb, coefs):
-        own_args = dataclasses.replace(args, **coefs)
+        args = dataclasses.replace(script.Args(), **coefs)
+        grad = jax.grad(script.minibatch_loss, has_aux=True)
+        return grad(params, args, guider, learner, mb)
 
-        def loss(params, mb):
-            return script.minibatch_loss(params, own_args, guider, learner, mb)
-
-        in_pmap = jax.vmap(jax.grad(loss, has_aux=True), in_axes=(None, 0), axis_name="device")
-        return in_pmap(params, jax.tree.map(lambda x: x[None], mb))
-
-    compiled = jax.jit(gradient)
-    return lambda *inputs: jax.tree.map(lambda x: x[0], compiled(*inputs))
+    return jax.jit(on_one_device(gradient))
 
 
 def log_softmax(logits, mask):
@@ -178,10 +152,10 @@ def explicit_kl(log_p, log_q):
     return jnp.sum(jnp.where(legal, jnp.exp(log_p) * (log_p - log_q), 0.0), axis=-1)
 
 
-def gradients_by_the_paper(script, mb, delta, learner_rl_coef, ent_coef, vf_coef, clip_coef):
+def losses_by_the_paper(script, delta, learner_rl_coef, ent_coef, vf_coef, clip_coef):
     """Equations 9 and 10, written down anew with probabilities in place of their logarithms, one
-    network at a time."""
-    guider, learner, params, _ = make_problem(script)
+    network at a time -> gradients, parts."""
+    guider, learner, params, mb = make_problem(script)
     mask, taken = mb.obs.action_mask, jax.nn.one_hot(mb.action, NUM_ACTIONS, dtype=bool)
     advantage = (mb.advantage - jnp.mean(mb.advantage)) / jnp.std(mb.advantage)
     mu_old, target = jnp.exp(mb.behaviour_log_prob), mb.value + mb.advantage
@@ -193,27 +167,45 @@ def gradients_by_the_paper(script, mb, delta, learner_rl_coef, ent_coef, vf_coef
         mu, pi = (jnp.exp(jnp.sum(jnp.where(taken, x, 0.0), axis=-1)) for x in (log_mu, log_pi))
         return log_mu, log_pi, mu, pi, value
 
+    def entropy(log_policy):
+        return -jnp.sum(jnp.where(mask, jnp.exp(log_policy) * log_policy, 0.0), axis=-1)
+
+    def ppo(ratio, near_ratio):
+        clipped = jnp.clip(near_ratio, 1 - clip_coef, 1 + clip_coef)
+        return -jnp.minimum(ratio * advantage, clipped * advantage)
+
     def guider_objective(guider_params):
         log_mu, log_pi, mu, pi, value = policies(guider_params, params["learner"])
-        r, r_near = mu / mu_old, jnp.clip(mu / pi, 1 / delta, delta) * pi / mu_old
-        clipped = jnp.clip(r_near, 1 - clip_coef, 1 + clip_coef)
-        policy_loss = -jnp.minimum(r * advantage, clipped * advantage)
-        outside = (mu / pi < 1 / delta) | (mu / pi > delta)
-        kl = jnp.where(outside, explicit_kl(log_mu, log_pi), 0.0)
-        entropy = -jnp.sum(jnp.where(mask, jnp.exp(log_mu) * log_mu, 0.0), axis=-1)
+        r, outside = mu / mu_old, (mu / pi < 1 / delta) | (mu / pi > delta)
         near_value = mb.value + jnp.clip(value - mb.value, -clip_coef, clip_coef)
-        value_loss = 0.5 * jnp.maximum((value - target) ** 2, (near_value - target) ** 2)
-        return jnp.mean(policy_loss + kl - ent_coef * entropy + vf_coef * value_loss)
+        squared_error = jnp.maximum((value - target) ** 2, (near_value - target) ** 2)
+        parts = {
+            "guider_policy_loss": ppo(r, jnp.clip(mu / pi, 1 / delta, delta) * pi / mu_old),
+            "guider_kl": jnp.where(outside, explicit_kl(log_mu, log_pi), 0.0),
+            "guider_entropy": entropy(log_mu),
+            "value_loss": squared_error / 2,
+            "ratio": r,
+            "approx_kl": r - 1 - jnp.log(r),
+            "clipfrac": jnp.abs(r - 1) > clip_coef,
+            "delta_clipfrac": outside,
+        }
+        parts = jax.tree.map(jnp.mean, parts)
+        loss = parts["guider_policy_loss"] + parts["guider_kl"]
+        return loss - ent_coef * parts["guider_entropy"] + vf_coef * parts["value_loss"], parts
 
     def learner_objective(learner_params):
-        log_mu, log_pi, mu, pi, value = policies(params["guider"], learner_params)
-        rho = pi / mu_old
-        clipped = jnp.clip(rho, 1 - clip_coef, 1 + clip_coef)
-        policy_loss = -jnp.minimum(rho * advantage, clipped * advantage)
-        return jnp.mean(explicit_kl(log_mu, log_pi) + learner_rl_coef * policy_loss)
+        log_mu, log_pi, _, pi, _ = policies(params["guider"], learner_params)
+        parts = {
+            "learner_kl": explicit_kl(log_mu, log_pi),
+            "learner_policy_loss": ppo(pi / mu_old, pi / mu_old),
+            "learner_entropy": entropy(log_pi),
+        }
+        parts = jax.tree.map(jnp.mean, parts)
+        return parts["learner_kl"] + learner_rl_coef * parts["learner_policy_loss"], parts
 
-    objectives = {"guider": guider_objective, "learner": learner_objective}
-    return {name: jax.jit(jax.grad(f))(params[name]) for name, f in objectives.items()}
+    guider_grads, parts = jax.jit(jax.grad(guider_objective, has_aux=True))(params["guider"])
+    learner_grads, more = jax.jit(jax.grad(learner_objective, has_aux=True))(params["learner"])
+    return {"guider": guider_grads, "learner": learner_grads}, parts | more
 
 
 def assert_close(x, y, tolerance=1e-5):
@@ -230,180 +222,66 @@ def largest(tree):
     return max(np.abs(x).max() for x in jax.tree.leaves(tree))
 
 
-@pytest.mark.parametrize("script", scripts_with("minibatch_loss", "gae", "Guider"))
-def test_gradients_are_those_of_the_paper(script):
-    """Each network's gradient is that of its own objective, Eq. 9 or 10; for ctds with delta inf
-    and lambda 0."""
-    guider, learner, params, mb = make_problem(script)
-    tether = hasattr(script, "double_clip")
-    # A guider that has moved since, so that ratios are not 1 and all clips bite somewhere.
-    noise = 0.3 * jax.random.normal(jax.random.PRNGKey(8), mb.behaviour_log_prob.shape)
-    mb = mb._replace(behaviour_log_prob=mb.behaviour_log_prob + noise, value=mb.value + noise)
-    coefs = {name: x for name, x in COEFS.items() if tether or name != "learner_rl_coef"}
-    grads, losses = make_gradient(script, 1.5 if tether else None)(params, mb, coefs)
-    no_tether = {"delta": INF, "learner_rl_coef": 0.0}
-    of_paper = COEFS | ({"delta": 1.5} if tether else no_tether)
-    assert 0.1 < losses["clipfrac"] < 0.9
-    if tether:
-        assert 0.1 < losses["delta_clipfrac"] < 0.9
-    assert_close(grads, gradients_by_the_paper(script, mb, **of_paper), 1e-4)
-    assert largest(grads["guider"]) > 1e-2 and largest(grads["learner"]) > 1e-2
-
-
-@pytest.mark.parametrize("script", scripts_with("minibatch_loss", distinct=True))
-def test_parts_of_the_loss_by_hand(script):
-    """KL(mu || pi), not KL(pi || mu); the masked KL as a mean over all samples; half the mean of
-    the larger squared error of the values."""
-    guider, learner, params, mb = make_problem(script)
-    policy, value = apply_guider(guider, params["guider"], mb)
-    log_mu = log_softmax(policy.logits, mb.obs.action_mask)
-    log_pi = log_softmax(apply_learner(learner, params["learner"], mb).logits, mb.obs.action_mask)
-    kl = explicit_kl(log_mu, log_pi)
-    mb = mb._replace(value=mb.value + 0.5, advantage=mb.advantage + 1.0)
-    tether = {"delta": 1.5} if hasattr(script, "double_clip") else {}
-    _, losses = make_gradient(script, tether.get("delta"))(params, mb, {})
-    np.testing.assert_allclose(losses["learner_kl"], np.mean(kl), rtol=1e-5)
-    target = mb.value + mb.advantage
-    errors = (value - target) ** 2, (mb.value - 0.2 - target) ** 2  # clipped: old value less 0.2
-    expected = 0.5 * np.mean(np.maximum(*errors))
-    np.testing.assert_allclose(losses["value_loss"], expected, rtol=1e-4)
-    if tether:
-        taken = mb.action[..., None]
-        log_ratio = jnp.take_along_axis(log_mu - log_pi, taken, axis=-1)[..., 0]
-        mask = np.abs(log_ratio) > np.log(1.5)
-        assert 0.2 < np.mean(mask) < 0.8
-        np.testing.assert_allclose(losses["guider_kl"], np.mean(mask * kl), rtol=1e-5)
-        np.testing.assert_allclose(losses["delta_clipfrac"], np.mean(mask), rtol=1e-5)
-
-
 MAGPO = scripts_with("minibatch_loss", "double_clip")
+CASES = [(script.values[0], delta) for script in MAGPO for delta in (1.0001, 1.5, INF)]
+CASES += [(script.values[0], None) for script in scripts_with("minibatch_loss", "gae", "Guider")
+          if script not in MAGPO]
 
 
-@pytest.mark.parametrize("script", MAGPO)
-def test_advantages_are_normalised_over_all_devices(script):
-    """The loss of two devices is that of one with both halves, though their advantages differ."""
-    guider, learner, params, mb = make_problem(script)
-    mb = mb._replace(advantage=mb.advantage + jnp.arange(len(mb.action)).reshape(-1, *[1] * (
-        mb.advantage.ndim - 1)))
-
-    def loss(mb):
-        return script.minibatch_loss(params, script.Args(), guider, learner, mb)[1]
-
-    @functools.partial(jax.jit, static_argnums=0)
-    def on_devices(number, mb):
-        halves = jax.tree.map(lambda x: x.reshape(number, -1, *x.shape[1:]), mb)
-        return jax.tree.map(jnp.mean, jax.vmap(loss, axis_name="device")(halves))
-
-    assert_close(on_devices(2, mb), on_devices(1, mb))
-
-
-@pytest.mark.parametrize("script", MAGPO)
-def test_learner_terms_give_the_guider_no_gradient(script):
-    """With no advantage, entropy bonus, value loss or tether, KL(mu || pi) moves the learner, the
-    guider not at all."""
+@pytest.mark.parametrize("script, delta", CASES, ids=lambda x: getattr(x, "__name__", x))
+def test_losses_are_those_of_the_paper(script, delta):
+    """Each network's gradient is that of its own objective, Eq. 9 or 10, and the parts are theirs:
+    KL(mu || pi), not KL(pi || mu), and masked as a mean over all samples. CTDS has delta = inf and
+    lambda = 0."""
     _, _, params, mb = make_problem(script)
-    mb = mb._replace(advantage=jnp.zeros_like(mb.advantage))
-    grads, losses = make_gradient(script, INF)(params, mb, NOTHING_BUT_KL)
-    assert largest(grads["guider"]) == 0
-    assert largest(grads["learner"]) > 1e-2 and losses["learner_kl"] > 0.1
-
-
-@pytest.mark.parametrize("script", MAGPO)
-def test_guider_terms_give_the_learner_no_gradient(script):
-    """The tether moves the guider and not the learner, though it is the learner it is tied to."""
-    _, _, params, mb = make_problem(script)
-    free, _ = make_gradient(script, INF)(params, mb, COEFS)
-    tied, losses = make_gradient(script, 1.0001)(params, mb, COEFS)
-    assert losses["guider_kl"] > 0.1 and largest(free["guider"]) > 1e-2
-    assert_close(tied["learner"], free["learner"], 1e-6)
-    assert largest(jax.tree.map(jnp.subtract, tied["guider"], free["guider"])) > 1e-2
-
-
-@pytest.mark.parametrize("script", MAGPO)
-def test_outside_the_tether_only_the_kl_moves_the_guider(script):
-    """An advantage that would push mu further out gives no gradient, one that pulls it in does; the
-    KL pulls it in."""
-    guider, learner, params, mb = make_problem(script)
-    mask = mb.obs.action_mask
-    log_pi = log_softmax(apply_learner(learner, params["learner"], mb).logits, mask)
-    learner_log_prob = jnp.take_along_axis(log_pi, mb.action[..., None], axis=-1)[..., 0]
-    outwards = jnp.sign(mb.behaviour_log_prob - learner_log_prob)
-    gradient = make_gradient(script, 1.0001)
-    kl_grads, inwards_grads, outwards_grads = (
-        gradient(params, mb._replace(advantage=sign * outwards), NOTHING_BUT_KL)[0]["guider"]
-        for sign in (0, -1, 1)
-    )
-    assert_close(outwards_grads, kl_grads, 1e-6)
-    assert largest(jax.tree.map(jnp.subtract, inwards_grads, kl_grads)) > 1e-2
-    untied, _ = make_gradient(script, INF)(params, mb._replace(advantage=outwards), NOTHING_BUT_KL)
-    assert largest(untied["guider"]) > 1e-2
-
-    def divergence(guider_params):
-        policy, _ = apply_guider(guider, guider_params, mb)
-        return jnp.mean(explicit_kl(log_softmax(policy.logits, mask), log_pi))
-
-    step = 1e-3 / largest(kl_grads)
-    stepped = jax.tree.map(lambda p, g: p - step * g, params["guider"], kl_grads)
-    assert divergence(stepped) < divergence(params["guider"]) - 1e-4
-
-
-@pytest.mark.parametrize("script", MAGPO)
-def test_every_first_ratio_is_one(script):
-    """On what the guider did itself no single ratio differs from 1 by more than 1e-5: none is
-    beyond a clip of 1e-5."""
-    _, _, params, mb = make_problem(script)
-    _, losses = make_gradient(script, 1.5)(params, mb, {**COEFS, "clip_coef": 1e-5})
-    assert losses["clipfrac"] == 0
-    assert abs(losses["ratio"] - 1) < 1e-5 and abs(losses["approx_kl"]) < 1e-6
-
-
-@pytest.mark.parametrize("script", MAGPO)
-def test_gradients_are_finite_with_one_legal_action(script):
-    """All but one action masked for two of the agents; the learner has not seen the mask and
-    dislikes that action."""
-    _, _, params, mb = make_problem(script)
-    one_legal = jnp.asarray(np.eye(NUM_ACTIONS, dtype=bool)[[0, 1]])
-    mask = mb.obs.action_mask.at[..., :2, :].set(one_legal)
-    mb = mb._replace(
-        obs=mb.obs._replace(action_mask=mask),
-        action=mb.action.at[..., 0].set(0).at[..., 1].set(1),
-        behaviour_log_prob=mb.behaviour_log_prob.at[..., :2].set(0.0),
-    )
-    grads, losses = make_gradient(script, 1.5)(params, mb, COEFS)
-    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves((grads, losses)))
+    of_paper = COEFS | ({"delta": delta} if delta else {"delta": INF, "learner_rl_coef": 0.0})
+    coefs = {name: x for name, x in of_paper.items() if hasattr(script.Args, name)}
+    grads, losses = make_gradient(script)(params, mb, coefs)
+    expected_grads, expected = losses_by_the_paper(script, **of_paper)
+    assert_close(grads, expected_grads, 1e-4)
+    assert losses.keys() == expected.keys() or not delta
+    assert_close(losses, {name: expected[name] for name in losses}, 1e-4)
+    assert 0.1 < losses["clipfrac"] < 0.9
+    assert delta != 1.5 or 0.1 < losses["delta_clipfrac"] < 0.9
     assert largest(grads["guider"]) > 1e-2 and largest(grads["learner"]) > 1e-2
+    assert np.any(np.sum(mb.obs.action_mask, axis=-1) == 1)  # here and there one action is legal
+
+
+@pytest.mark.parametrize("script", MAGPO)
+def test_no_network_is_moved_by_the_terms_of_the_other(script):
+    """KL(mu || pi) alone moves the learner, the guider not at all; the tether moves the guider and
+    not the learner, though it is the learner it is tied to."""
+    _, _, params, mb = make_problem(script)
+    gradient, free = make_gradient(script), {**COEFS, "delta": INF}
+    without_advantage = mb._replace(advantage=jnp.zeros_like(mb.advantage))
+    grads, _ = gradient(params, without_advantage, free | NOTHING_BUT_KL)
+    assert largest(grads["guider"]) == 0 and largest(grads["learner"]) > 1e-2
+    free_grads, _ = gradient(params, mb, free)
+    tied_grads, _ = gradient(params, mb, free | {"delta": 1.0001})
+    assert_close(tied_grads["learner"], free_grads["learner"], 1e-6)
+    assert largest(jax.tree.map(jnp.subtract, tied_grads["guider"], free_grads["guider"])) > 1e-2
 
 
 # ------------- Collection and evaluation, on an environment that follows a script ----------------
 NUM_ENVS, NUM_STEPS = 4, 11
 
 
+def collector(script, parts):
+    """`collect` as a function of the state, compiled."""
+    networks = parts[2:] if has_memory(script) else parts[2:3]
+    return jax.jit(functools.partial(script.collect, *parts[:2], *networks))
+
+
 @pytest.fixture(scope="module", params=scripts_with("collect", "guider_act", distinct=True))
 def collected(request):
     """Two rollouts, the second going on where the first stopped: [(rollout, state afterwards)]."""
-    script = request.param
-    env = ScriptedEnv(script)
-    args = script.Args(num_envs=NUM_ENVS, num_steps=NUM_STEPS, num_devices=1)
-    guider = make_guider(script, "sable", 4, 1, 1, 3)
-    learner = script.Learner(4, 3, False)
+    script, env = request.param, ScriptedEnv(request.param)
+    parts = make_parts(script, env, num_envs=NUM_ENVS, num_steps=NUM_STEPS)
+    state = first_state(script, parts)
     # lengths 2, 2, 3, 4: two end in the same step
-    tag, zeros = jnp.array([1, 5, 2, 3]), jnp.zeros(4)
-    episode = dict.fromkeys(("return", "length", "won"), zeros)
-    env_state = jax.vmap(env.make_state)(tag, jnp.zeros(4, jnp.int32), episode)
-    obs, action = env_state.obs, jnp.zeros((4, 2), jnp.int32)
-    fields = {"opt_state": None, "env_state": env_state, "key": jax.random.PRNGKey(1)}
-    fields["iteration"] = 0
-    if has_memory(script):
-        fields["hidden"] = zero_hidden(script, guider, learner, 4, 2)
-        obs, action = script.add_time((obs, action))
-        hidden, timestep = fields["hidden"], zeros[:, None]
-        params = {"guider": random_params(guider, 0, obs, action, timestep, hidden["guider"])}
-        params["learner"] = random_params(learner, 1, obs, timestep, hidden["learner"])
-    else:
-        params = {"guider": random_params(guider, 0, obs, action)}
-    networks = (guider, learner) if has_memory(script) else (guider,)
-    collect = jax.jit(functools.partial(script.collect, args, env, *networks))
-    state, results = script.TrainState(params=params, **fields), []
+    tag, time = jnp.array([1, 5, 2, 3]), jnp.zeros(NUM_ENVS, jnp.int32)
+    env_state = jax.vmap(env.make_state)(tag, time, state.env_state.episode)
+    state, results, collect = state._replace(env_state=env_state), [], collector(script, parts)
     for _ in range(2):
         state, rollout = collect(state)
         results.append((rollout, state))
@@ -521,71 +399,41 @@ def test_evaluation(script, monkeypatch):
 # -------------------- A whole iteration -----------------------------------------------------------
 @pytest.fixture(scope="module", params=scripts_with("train_iteration", "collect", distinct=True))
 def iteration(request):
-    """run(seed) -> script, guider, state before, state after, metrics, and what `collect` and `gae`
-    gave and were given."""
-    script, seen = request.param, {}
-
-    def watched(name):
-        function = getattr(script, name)
-
-        def call(*inputs):
-            outputs = function(*inputs)
-            note = functools.partial(lambda name, *x: seen.update({name: x}), name)
-            jax.debug.callback(note, *((outputs[1],) if name == "collect" else inputs))
-            return outputs
-
-        return call
-
-    sizes = {"num_envs": NUM_ENVS, "num_steps": 8, "num_devices": 1, "update_epochs": 2}
-    args = script.Args(**sizes, embed_dim=4, learner_hidden_dim=4, anneal_lr=True)
-    args = dataclasses.replace(args, total_timesteps=4 * NUM_ENVS * 8)
-    env = ScriptedEnv(script)
-    parts = (args, env, *script.make_networks(args, env))
-    init = jax.jit(functools.partial(script.init_state, *parts))
-    iterate = functools.partial(script.train_iteration, *parts)
-    iterate = jax.pmap(iterate, axis_name="device", devices=jax.devices()[:1])
+    """run(seed) -> script, guider, state before, rollout from it, state after, metrics."""
+    script = request.param
+    flags = {"update_epochs": 2, "anneal_lr": True, "total_timesteps": 4 * NUM_ENVS * 8}
+    parts = make_parts(script, ScriptedEnv(script), num_envs=NUM_ENVS, **flags)
+    collect = collector(script, parts)
+    iterate = jax.jit(on_one_device(script.train_iteration, *parts))
 
     @functools.cache
     def run(seed, repetition=0, iteration=0):
-        before = init(*jax.random.split(jax.random.PRNGKey(seed)))
-        before = before._replace(iteration=jnp.int32(iteration))
-        results = iterate(jax.tree.map(lambda x: x[None], before))
-        state, metrics = jax.tree.map(lambda x: np.asarray(x)[0], results)
-        jax.effects_barrier()
-        return script, parts[2], before, state, metrics, dict(seen)
+        before = first_state(script, parts, seed)
+        noise = random_like(0, before.params, 0.3)  # so that values differ
+        params = jax.tree.map(jnp.add, before.params, noise)
+        before = before._replace(iteration=jnp.int32(iteration), params=params)
+        return script, parts[2], before, collect(before)[1], *iterate(before)
 
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("collect", "gae"):
-            patch.setattr(script, name, watched(name))
-        run(0)  # compiles, so that the watched functions are part of the program
     return run
 
 
-def test_advantages_use_the_true_last_observation(iteration):
-    """gae gets the value of what followed each action, not of the fresh episode after it."""
-    script, guider, before, _, _, seen = iteration(0)
-    (rollout,), (_, *rest) = seen["collect"], seen["gae"]
-    gamma, gae_lambda = rest[-2:]
-    if not has_memory(script):  # with memory: test_memory.py
-        encode = jax.jit(functools.partial(guider.apply, method="encode"))
-        _, expected = encode(before.params["guider"], rollout.after.obs.agents_view)
-        assert np.ptp(rest[0]) > 1e-3
-        np.testing.assert_allclose(rest[0], expected, rtol=0, atol=1e-2 * np.ptp(rest[0]))
-    assert np.any(rollout.last & (rollout.discount == 1))
-    np.testing.assert_allclose((gamma, gae_lambda), (0.99, 0.95), rtol=1e-6)
-
-
 def test_metrics_of_an_iteration(iteration):
-    """Sums over the episodes that ended, and how much of the targets the values explain."""
-    script, _, _, _, metrics, seen = iteration(0)
-    (rollout,) = seen["collect"]
+    """Sums over the episodes that ended, and how much of the targets the values explain, which are
+    those of what followed each action, not of the fresh episode after it."""
+    script, guider, before, rollout, _, metrics = iteration(0)
     last = np.asarray(rollout.last)
-    assert metrics["episodes"] == np.sum(last) > 0
+    assert metrics["episodes"] == np.sum(last) > 0 and np.any(last & (rollout.discount == 1))
     for name in ("return", "length", "won"):
         total = np.sum(np.asarray(rollout.after.episode[name])[last])
         np.testing.assert_allclose(metrics[name], total, rtol=1e-6)
-    advantage = script.gae(*seen["gae"])
+    next_value = getattr(rollout, "next_value", None)  # with memory: test_memory.py
+    if not has_memory(script):
+        view, params = rollout.after.obs.agents_view, before.params["guider"]
+        _, next_value = jax.jit(functools.partial(guider.apply, method="encode"))(params, view)
+    steps = rollout.reward, rollout.value, next_value, rollout.discount, rollout.last
+    advantage = advantages(script, *steps, 0.99, 0.95)
     unexplained = np.var(advantage) / np.var(advantage + rollout.value)
+    assert np.std(next_value) > 0.05
     np.testing.assert_allclose(metrics["losses/explained_variance"], 1 - unexplained, rtol=1e-4)
     np.testing.assert_allclose(metrics["charts/learning_rate"], 1e-3, rtol=1e-6)
 
@@ -593,7 +441,7 @@ def test_metrics_of_an_iteration(iteration):
 def test_iteration_moves_both_networks(iteration):
     """One iteration moves every parameter but those that nothing depends on, and its first ratio is
     1."""
-    _, _, before, after, metrics, _ = iteration(0)
+    _, _, before, _, after, metrics = iteration(0)
     for network in ("guider", "learner"):
         old, new = before.params[network], after.params[network]
         moved = jax.tree.map(lambda x, y: np.any(x != y), old, new)
@@ -605,9 +453,9 @@ def test_iteration_moves_both_networks(iteration):
 def test_learning_rate_falls_by_iteration(iteration):
     """With --anneal-lr the third of four iterations has half the rate, and moves half as far in its
     first step of Adam's; the rate is that of the state's iteration."""
-    _, _, before, first, metrics, _ = iteration(0)
-    _, _, _, third, third_metrics, _ = iteration(0, 0, 2)
-    np.testing.assert_allclose(third_metrics["charts/learning_rate"], 0.5e-3, rtol=1e-6)
+    _, _, before, _, first, _ = iteration(0)
+    _, _, _, _, third, metrics = iteration(0, 0, 2)
+    np.testing.assert_allclose(metrics["charts/learning_rate"], 0.5e-3, rtol=1e-6)
     steps = [
         largest(jax.tree.map(jnp.subtract, after.params, before.params))
         for after in (first, third)
@@ -617,7 +465,7 @@ def test_learning_rate_falls_by_iteration(iteration):
 
 def test_same_seed_same_parameters(iteration):
     """One seed gives the same parameters to the bit, twice; another seed gives others."""
-    for state in (2, 3):  # before and after
+    for state in (2, 4):  # before and after
         first, again, other = (iteration(*x)[state].params for x in ((0, 0), (0, 1), (1, 0)))
         jax.tree.map(np.testing.assert_array_equal, first, again)
         pairs = zip(jax.tree.leaves(first), jax.tree.leaves(other))
@@ -628,8 +476,8 @@ def test_same_seed_same_parameters(iteration):
 def test_minibatches(script, monkeypatch):
     """Each epoch is a permutation of all samples, or with memory of all sequences, and epochs
     differ; a loss is the mean over all minibatches, the first ratio that of the first."""
-    args = script.Args(num_envs=4, num_steps=4, num_devices=1, num_minibatches=2, update_epochs=3)
-    env, seen = ScriptedEnv(script), []
+    flags = {"num_steps": 4, "num_minibatches": 2, "update_epochs": 3}
+    parts, seen = make_parts(script, ScriptedEnv(script), **flags), []
 
     def minibatch_loss(params, args, guider, learner, mb):
         tag, time = mb.obs.agents_view[..., 0, 1] * 2**22, mb.obs.agents_view[..., 0, 2]
@@ -638,11 +486,8 @@ def test_minibatches(script, monkeypatch):
         return 0.0 * loss, {"ratio": tag.ravel()[0], "tag": jnp.mean(tag)}
 
     monkeypatch.setattr(script, "minibatch_loss", minibatch_loss)
-    parts = (args, env, *script.make_networks(args, env))
-    state = jax.jit(functools.partial(script.init_state, *parts))(
-        *jax.random.split(jax.random.PRNGKey(0)))
-    iterate = jax.vmap(functools.partial(script.train_iteration, *parts), axis_name="device")
-    _, metrics = jax.jit(iterate)(jax.tree.map(lambda x: x[None], state))
+    iterate = jax.jit(on_one_device(script.train_iteration, *parts))
+    _, metrics = iterate(first_state(script, parts))
     jax.effects_barrier()
     assert len(seen) == 6
     mean_tag = np.mean([tag for tag, _ in seen])
@@ -675,17 +520,13 @@ def test_training_uses_no_key_twice(script, checked_keys, monkeypatch):
         return (*results, others[1]) if has_memory(script) else results
 
     monkeypatch.setattr(script, "guider_act", guider_act)
-    args = script.Args(num_envs=4, num_steps=4, num_devices=1, embed_dim=4, learner_hidden_dim=4)
-    env = ScriptedEnv(script)
-    parts = (args, env, *script.make_networks(args, env))
-    init = jax.jit(functools.partial(script.init_state, *parts))
-    state = jax.eval_shape(init, *jax.random.split(jax.random.PRNGKey(0)))
+    parts = make_parts(script, ScriptedEnv(script), num_steps=4)
+    state = jax.eval_shape(lambda: first_state(script, parts))
 
     def two_iterations(state):
         return script.train_iteration(*parts, script.train_iteration(*parts, state)[0])
 
-    on_one_device = jax.vmap(two_iterations, in_axes=None, axis_size=1, axis_name="device")
-    jax.eval_shape(jax.jit(on_one_device), state)
+    jax.eval_shape(jax.jit(on_one_device(two_iterations)), state)
 
 
 @pytest.mark.parametrize("script", scripts_with("play", distinct=True))
@@ -702,28 +543,18 @@ def test_play_uses_no_key_twice(script, checked_keys):
 
 
 def count_equations(jaxpr):
-    """Equations of a jaxpr and, recursively, of all those inside (bodies of scans, conditions,
-    calls)."""
-    total = 0
-    for equation in jaxpr.eqns:
-        total += 1
-        for value in equation.params.values():
-            for inner in value if isinstance(value, (list, tuple)) else (value,):
-                inner = getattr(inner, "jaxpr", inner)
-                total += count_equations(inner) if hasattr(inner, "eqns") else 0
-    return total
+    """Equations of a jaxpr and of all those inside (bodies of loops, conditions, calls)."""
+    inside = [core.jaxprs_in_params(equation.params) for equation in jaxpr.eqns]
+    return len(jaxpr.eqns) + sum(map(count_equations, itertools.chain(*inside)))
 
 
 def program_size(script, scenario, **flags):
     """Equations of `train_iteration` on CoordSum."""
     chunks = {"chunk_steps": 2} if has_memory(script) else {}
-    args = script.Args(num_envs=4, num_devices=1, embed_dim=4, **chunks, **flags)
-    env = script.make_env("CoordSum-v0", scenario)
-    parts = (args, env, *script.make_networks(args, env))
-    keys = jax.random.split(jax.random.PRNGKey(0))
-    state = jax.eval_shape(functools.partial(script.init_state, *parts), *keys)
-    iterate = functools.partial(script.train_iteration, *parts)
-    return count_equations(jax.make_jaxpr(iterate, axis_env=[("device", 1)])(state).jaxpr)
+    parts = make_parts(script, script.make_env("CoordSum-v0", scenario), **chunks, **flags)
+    state = jax.eval_shape(lambda: first_state(script, parts))
+    iterate = on_one_device(script.train_iteration, *parts)
+    return count_equations(jax.make_jaxpr(iterate)(state).jaxpr)
 
 
 @pytest.mark.parametrize("kind", ["sable", "mat"])
