@@ -255,7 +255,7 @@ class ScriptedEnv:
     def make_state(self, tag, time, episode):
         # All of one size, so that the norm in front of the networks does not drown the time.
         view = jnp.stack([jnp.arange(2), jnp.full(2, tag) / 2**22, jnp.full(2, time)], axis=-1)
-        obs = self.script.Observation(view.astype(jnp.float32), jnp.ones((2, 3), bool))
+        obs = self.script.Observation(view.astype(float), jnp.ones((2, 3), bool))
         return self.script.EnvState({"tag": tag, "time": time}, obs, episode)
 
     def reset(self, key):

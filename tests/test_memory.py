@@ -9,7 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import random_like, random_obs, random_params, scripts_with
+from conftest import (
+    ScriptedEnv,
+    first_state,
+    make_parts,
+    random_like,
+    random_obs,
+    random_params,
+    scripts_with,
+    tags_and_times,
+)
 
 pytestmark = pytest.mark.usefixtures("quick_compile", "double_precision")
 NUM_SEQUENCES, NUM_STEPS, NUM_AGENTS, NUM_ACTIONS, NUM_FEATURES, WIDTH = 3, 12, 3, 4, 5, 8
@@ -31,33 +40,6 @@ def random_timesteps(seed, num_steps=NUM_STEPS):
 
 # -------------------- Retention -------------------------------------------------------------------
 @for_each_script
-def test_decays(script):
-    """decay ** lag to the tokens of the chunk, and to the end of the one before; 0 ahead and across
-    an episode's start."""
-    timestep, decay = random_timesteps(0), np.array([0.5, 0.9])
-    within, before = map(np.asarray, script.decays(timestep, jnp.asarray(decay), 4, 2))
-    assert within.shape == (3, NUM_SEQUENCES, 2, 8, 8)  # (K, M, H, C * N, C * N)
-    starts = np.asarray(timestep) == 0
-    for k, m, h, i in np.ndindex(before.shape):
-        t = 4 * k + i // 2
-        for s in range(4 * k - 1, 4 * k + 4):  # the first is the last step of the chunk before
-            seen = s <= t and not starts[m, s + 1 : t + 1].any()
-            expected = decay[h] ** (t - s) if seen else 0.0
-            j = 2 * (s - 4 * k)
-            found = before[k, m, h, i] if s < 4 * k else within[k, m, h, i, j : j + 2]
-            np.testing.assert_allclose(found, expected)
-    assert 0 < np.mean(before == 0) < 1
-
-
-@for_each_script
-def test_decays_as_documented(script):
-    """The matrix in the docstring: three steps, of which the second begins an episode."""
-    within, before = script.decays(jnp.array([[4.0, 0.0, 1.0]]), jnp.array([0.5]), 3, 1)
-    np.testing.assert_array_equal(within[0, 0, 0], [[1, 0, 0], [0, 1, 0], [0, 0.5, 1]])
-    np.testing.assert_array_equal(before[0, 0, 0], [0.5, 0, 0])
-
-
-@for_each_script
 def test_timestep_encoding(script):
     """Pairs of sine and cosine of the timestep at wavelengths from 2 pi to nearly 10,000 times
     that."""
@@ -69,43 +51,38 @@ def test_timestep_encoding(script):
 def retention_by_definition(params, x, source, causal, timestep, decay, memory, encoding):
     """The plain quadratic sum over all pairs of tokens of a sequence, and what the memory at its
     start adds -> tokens (M, T, N, E)."""
-    layers = params["params"].items()
-    weights = {name: np.asarray(p["kernel"]) for name, p in layers if "kernel" in p}
-    num_heads, shape = len(decay), x.shape
-    tokens, source = np.asarray(x) + encoding, np.asarray(source) + encoding
+    layers, num_heads, shape = params["params"], len(decay), x.shape
 
-    def heads(name, y):  # (M, T * N, H, E / H)
-        return (y @ weights[name]).reshape(shape[0], -1, num_heads, WIDTH // num_heads)
+    def heads(name, y):  # (M, H, T * N, E / H)
+        y = (y + encoding) @ layers[name]["kernel"]
+        return y.reshape(shape[0], -1, num_heads, WIDTH // num_heads).swapaxes(1, 2)
 
-    query = heads("query", tokens) / np.sqrt(WIDTH // num_heads)
+    query = heads("query", x) / np.sqrt(WIDTH // num_heads)
     key, value = heads("key", source), heads("value", source)
-    mixed, starts = np.zeros_like(value), np.asarray(timestep) == 0
-    for m in range(shape[0]):
-        for i in range(query.shape[1]):
-            t = i // NUM_AGENTS
-            if not starts[m, : t + 1].any():
-                old = np.einsum("hd,hde->he", query[m, i], memory[m])
-                mixed[m, i] += old * decay[:, None] ** (t + 1)
-            for j in range(query.shape[1]):
-                s = j // NUM_AGENTS
-                if (j <= i if causal else s <= t) and not starts[m, s + 1 : t + 1].any():
-                    score = np.sum(query[m, i] * key[m, j], axis=-1, keepdims=True)
-                    mixed[m, i] += score * decay[:, None] ** (t - s) * value[m, j]
+    token = np.arange(NUM_STEPS * NUM_AGENTS)
+    step, episode = token // NUM_AGENTS, np.cumsum(np.asarray(timestep) == 0, axis=1)
+    lag, episode = step[:, None] - step, np.repeat(episode, NUM_AGENTS, axis=1)
+    seen = (token[:, None] >= token) if causal else (lag >= 0)
+    seen = (seen & (episode[:, :, None] == episode[:, None]))[:, None]
+    decay = decay[:, None, None]
+    mixed = (query @ key.swapaxes(2, 3) * seen * decay ** np.maximum(lag, 0)) @ value
+    old = query @ memory * decay ** (step[:, None] + 1)  # 0 once an episode has begun
+    mixed = (mixed + old * (episode == 0)[:, None, :, None]).swapaxes(1, 2)
     mean, variance = mixed.mean(-1, keepdims=True), mixed.var(-1, keepdims=True)
     normed = ((mixed - mean) / np.sqrt(variance + 1e-6)).reshape(shape)
-    scale, bias = params["params"]["head_norm"]["scale"], params["params"]["head_norm"]["bias"]
-    gate = source @ weights["gate"]
-    out = (normed * scale + bias) * gate / (1 + np.exp(-gate)) @ weights["out"]
-    summed = np.asarray(x) + out
+    gate = (source + encoding) @ layers["gate"]["kernel"]
+    normed = normed * layers["head_norm"]["scale"] + layers["head_norm"]["bias"]
+    summed = x + normed * nn.swish(gate) @ layers["out"]["kernel"]
     rms = np.sqrt(np.mean(summed**2, axis=-1, keepdims=True) + 1e-6)
-    return summed / rms * params["params"]["norm"]["scale"]
+    return summed / rms * layers["norm"]["scale"]
 
 
-@pytest.mark.parametrize("num_heads", [1, 2])
+@pytest.mark.parametrize("num_heads, scaling", [(1, 0.8), (2, 0.8), (2, 0.0)])
 @pytest.mark.parametrize("causal", [True, False], ids=["decoder", "encoder"])
 @for_each_script
-def test_three_forms_of_retention(script, causal, num_heads):
-    """Chunks of any length = step after step = the definition, resets included."""
+def test_three_forms_of_retention(script, causal, num_heads, scaling):
+    """Chunks of any length = step after step = the definition, resets included; without decay
+    (--decay-scaling-factor 0) each step is alone."""
     timestep = random_timesteps(1)
     tokens = jnp.zeros((NUM_SEQUENCES, NUM_STEPS, NUM_AGENTS, WIDTH))
     x, source = random_like(2, [tokens, tokens])
@@ -113,26 +90,23 @@ def test_three_forms_of_retention(script, causal, num_heads):
     memory = random_like(3, jnp.zeros((NUM_SEQUENCES, num_heads, head_width, head_width)))
 
     def mixer(chunk_steps):
-        return script.Mixer("sable", num_heads, 0.8, chunk_steps)
+        network = script.Mixer("sable", num_heads, scaling, chunk_steps)
+        return network, jax.jit(network.apply, static_argnums=5)
 
-    params = random_params(mixer(4), 4, x, source, timestep, memory, causal)
-    decay = 0.8 * (1 - np.array([1 / 32, 1 / 512]))[:num_heads]
-    encoding = np.asarray(script.timestep_encoding(timestep, WIDTH))[:, :, None]
+    params = random_params(mixer(4)[0], 4, x, source, timestep, memory, causal)
+    decay = scaling * (1 - np.array([1 / 32, 1 / 512]))[:num_heads]
+    encoding = script.timestep_encoding(timestep, WIDTH)[:, :, None]
     expected = retention_by_definition(
-        params, x, source, causal, timestep, decay, np.asarray(memory), encoding)
+        params, x, source, causal, timestep, decay, memory, encoding)
     assert np.std(expected) > 0.1
-    ends = []
-    for chunk_steps in (1, 3, 4, 12):
-        apply = jax.jit(mixer(chunk_steps).apply, static_argnums=5)
-        mixed, end = apply(params, x, source, timestep, memory, causal)
-        np.testing.assert_allclose(mixed, expected, rtol=1e-6, atol=1e-6)
-        ends.append(end)
-    one_step, state = jax.jit(mixer(4).apply, static_argnums=5), memory
+    one_step, state = mixer(4)[1], memory
     for t in range(NUM_STEPS):
         step = (y[:, t : t + 1] for y in (x, source, timestep))
         mixed, state = one_step(params, *step, state, causal)
         np.testing.assert_allclose(mixed[:, 0], expected[:, t], rtol=1e-6, atol=1e-6)
-    for end in ends:
+    for chunk_steps in (1, 3, 4, 12):
+        mixed, end = mixer(chunk_steps)[1](params, x, source, timestep, memory, causal)
+        np.testing.assert_allclose(mixed, expected, rtol=1e-6, atol=1e-6)
         np.testing.assert_allclose(end, state, rtol=1e-8, atol=1e-8)
 
 
@@ -322,22 +296,6 @@ def test_learner_by_hand(script):
     np.testing.assert_allclose(end, state, rtol=1e-8, atol=1e-8)
 
 
-@for_each_script
-def test_no_memory_without_decay(script):
-    """--decay-scaling-factor 0 leaves sable the agents of one step: each step of a sequence is as
-    if it were alone."""
-    guider, _, params, obs, action, timestep, hidden = make_problem(script, "sable")
-    guider = guider.clone(decay_scaling_factor=0.0)
-    apply = jax.jit(functools.partial(guider.apply, params["guider"]))
-    policy, value = apply(obs, action, timestep, hidden["guider"])
-    for t in range(NUM_STEPS):
-        inputs = jax.tree.map(lambda x: x[:, t : t + 1], (obs, action, timestep))
-        alone, alone_value = apply(*inputs, hidden["guider"])
-        logits = policy.logits[:, t : t + 1]
-        np.testing.assert_allclose(logits, alone.logits, rtol=1e-8, atol=1e-8)
-        np.testing.assert_allclose(value[:, t : t + 1], alone_value, rtol=1e-8, atol=1e-8)
-
-
 @pytest.mark.parametrize(
     "num_steps, num_agents, chunk_steps",
     [(128, 2, 16), (128, 3, 8), (128, 32, 1), (128, 64, 1), (100, 3, 10), (7, 3, 7), (4, 2, 4)],
@@ -354,45 +312,14 @@ def test_default_chunks(script, num_steps, num_agents, chunk_steps):
 
 
 # -------------------- Rollouts --------------------------------------------------------------------
-class CountingEnv:
-    """Agents see the environment's number and the time; episodes take 3 + number % 3 steps, odd
-    ones are truncated."""
-
-    num_agents, num_actions, has_win_rate, continuous = 2, 3, False, False
-
-    def __init__(self, script):
-        self.script, self.env = script, self
-        self.example_action = jnp.zeros(2, jnp.int32)
-
-    def make_state(self, number, time, episode):
-        view = [jnp.arange(2.0), jnp.full(2, number) / 8, jnp.full(2, time) / 2]
-        obs = self.script.Observation(jnp.stack(view, axis=-1), jnp.ones((2, 3), bool))
-        return self.script.EnvState({"number": number, "time": time}, obs, episode)
-
-    def reset(self, key):
-        number = jax.random.randint(key, (), 0, 16).astype(float)
-        zeros = dict.fromkeys(("return", "length", "won"), jnp.zeros(()))
-        return self.make_state(number, jnp.zeros(()), zeros)
-
-    def step(self, state, action):
-        number, time = state.game["number"], state.game["time"] + 1
-        last = time == 3 + number % 3
-        discount = jnp.where(last & (number % 2 == 0), 0.0, 1.0)
-        episode = {**state.episode, "length": state.episode["length"] + 1}
-        return self.make_state(number, time, episode), action.astype(float), discount, last
-
-
 @pytest.fixture(scope="module", params=SCRIPTS)
 def rollouts(request):
     """Script, networks, parameters, and two rollouts, one after the other: [(state before, rollout,
     state after)]."""
     script = request.param
-    env = CountingEnv(script)
-    sizes = {"num_envs": 4, "num_steps": 8, "num_devices": 1, "embed_dim": 8}
-    args = script.Args(**sizes, learner_hidden_dim=8, chunk_steps=4)
-    parts = (args, env, *script.make_networks(args, env))
-    state = jax.jit(functools.partial(script.init_state, *parts))(
-        *jax.random.split(jax.random.PRNGKey(0)))
+    sizes = {"embed_dim": 8, "learner_hidden_dim": 8, "chunk_steps": 4}
+    parts = make_parts(script, ScriptedEnv(script), **sizes)
+    state = first_state(script, parts)
     noise = random_like(1, state.params, 0.3)
     params = jax.tree.map(lambda x, y: jnp.asarray(x + y, float), state.params, noise)
     hidden = jax.tree.map(lambda x: jnp.asarray(x, float), state.hidden)
@@ -449,7 +376,7 @@ def test_next_value_is_that_of_the_true_last_observation(rollouts):
         else:
             length = int(rollout.timestep[t, b]) + 1
             view = rollout.obs.agents_view[t + 1 - length : t + 1, b]  # the episode, from its start
-            final = view[-1].at[:, 2].add(0.5)  # one step on
+            final = view[-1].at[:, 2].add(1.0)  # one step on
             # then nothing
             nothing = jnp.zeros((5 - length, *final.shape))
             view = jnp.concatenate([view, final[None], nothing])[None]
@@ -464,16 +391,16 @@ def test_next_value_is_that_of_the_true_last_observation(rollouts):
 def test_evaluation_begins_without_memory(script):
     """A network plays from a hidden state of its own, with timesteps 0, 1, 2, ..., and remembers
     what it saw."""
-    env, seen = CountingEnv(script), []
+    env, seen = ScriptedEnv(script), []
 
     def act(obs, timestep, hidden, key):
-        time = obs.agents_view[:, 0, 2] * 2
-        jax.debug.callback(lambda *x: seen.append(x), timestep, hidden, time)
+        jax.debug.callback(lambda *x: seen.append(x), timestep, hidden, obs)
         return jnp.zeros((5, 2), jnp.int32), "whatever", hidden + 10
 
     script.play(env, act, jnp.zeros(5), 5, jax.random.PRNGKey(0))
     jax.effects_barrier()
-    for n, (timestep, hidden, time) in enumerate(sorted(seen, key=lambda x: x[1][0])):
-        running = time == n  # an ended game goes on in time, but its length stays
+    for n, (timestep, hidden, obs) in enumerate(sorted(seen, key=lambda x: x[1][0])):
+        tag, time = tags_and_times(obs)
+        running = time <= tag % 4  # an ended game goes on in time, but its length stays
         assert np.all(timestep[running] == n) and np.all(hidden == 10 * n) and running.any()
-    assert 3 <= len(seen) <= 5
+    assert len(seen) == 1 + np.max(tag % 4) > 2
