@@ -6,7 +6,11 @@ import functools
 import importlib
 import importlib.util
 import inspect
+import json
 import os
+import pathlib
+import subprocess
+import sys
 
 import jaxlib
 
@@ -95,6 +99,53 @@ def environ(tmp_path_factory):
         "WANDB_MODE": "offline",
         "XLA_FLAGS": os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0",
     }
+
+
+def run_program(path, flags, environ, folder=None, succeeds=True):
+    """Runs `python PATH FLAGS` in a folder -> the finished process."""
+    command = [sys.executable, str(path), *map(str, flags)]
+    done = subprocess.run(
+        command, cwd=folder, env=environ, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0 or not succeeds, done.stderr
+    return done
+
+
+def run_folder(run_dir):
+    """The only run's folder in a folder."""
+    (folder,) = [path for path in pathlib.Path(run_dir).iterdir() if path.name[0] != "."]
+    return folder
+
+
+def read_rows(folder, without=()):
+    """The rows of a run's metrics.jsonl, each complete JSON, without names that start so."""
+    text = (folder / "metrics.jsonl").read_text()
+    assert text.endswith("\n") and "NaN" not in text and "Infinity" not in text
+    rows = [json.loads(line) for line in text.splitlines()]
+    return [{k: x for k, x in row.items() if not k.startswith(without)} for row in rows]
+
+
+CLOCKS = ("time/", "charts/SPS")  # what differs between two runs of the same
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """call(module, *flags) -> exit status, stdout, stderr of its main(), in this process."""
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", "unused")  # a user's own is left alone
+    jax.config.update("jax_enable_compilation_cache", False)
+
+    def main(module, *flags):
+        name = module.__name__.split(".")[-1]
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, flags)])
+        try:
+            status = module.main()
+        except SystemExit as exit:
+            status = exit.code
+        return status, *capsys.readouterr()
+
+    yield main
+    jax.config.update("jax_compilation_cache_dir", before)
+    jax.config.update("jax_enable_compilation_cache", True)
 
 
 def has_memory(script):

@@ -1,6 +1,5 @@
 """Tests of the scripts as programs: flags, refusals, what a run writes, and how it ends."""
 
-import collections
 import dataclasses
 import inspect
 import json
@@ -9,16 +8,12 @@ import pathlib
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import types
 
 import jax
-import numpy as np
 import pytest
-import safetensors.numpy
-from conftest import has_memory, scripts_with
+from conftest import has_memory, read_rows, run_folder, run_program, scripts_with
 
 ROOT = pathlib.Path(__file__).parent.parent
 SCRIPTS = scripts_with("Args", "main")
@@ -49,23 +44,12 @@ def losses_of(script):
 
 
 # --------------------------------------------------------------------------- flags, in this process
-@pytest.fixture
-def call(monkeypatch, capsys, tmp_path):
-    """call(script, *flags) -> exit status, stdout, stderr in an empty folder; none trains."""
-    cache = jax.config.jax_compilation_cache_dir
-
-    def main(script, *flags):
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *flags])
-        monkeypatch.setattr(script, "train", lambda *_: pytest.fail("training began"))
-        try:
-            status = script.main()
-        except SystemExit as exit:
-            status = exit.code
-        return status, *capsys.readouterr()
-
-    yield main
-    jax.config.update("jax_compilation_cache_dir", cache)
+@pytest.fixture(autouse=True)
+def untrained(monkeypatch, tmp_path):
+    """An empty folder, and no training in this process."""
+    monkeypatch.chdir(tmp_path)
+    for script in SCRIPTS:
+        monkeypatch.setattr(script.values[0], "train", lambda *_: pytest.fail("training began"))
 
 
 BAD_VALUES = """num-envs -4 0, total-timesteps 10 -1, num-evals 0 -1, eval-episodes 0 -2,
@@ -159,46 +143,6 @@ def test_delta_inf_is_allowed(script, call):
     assert (status == 0) == hasattr(script, "double_clip"), err
 
 
-# ---------------------------------------------------------------------------- rows, in this process
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_rows_of_an_interval(script):
-    """Means over iterations, sums over episodes, speed over what training took."""
-    args = script.Args(num_envs=4, num_steps=8)
-    sums = {"losses/value_loss": 6.0, "charts/learning_rate": 0.3, "iterations": 3, "seconds": 2.0}
-    sums = collections.Counter(sums | {"episodes": 4.0, "return": 10.0, "length": 80.0, "won": 1.0})
-    before = collections.Counter({"time/train_s": 5.0, "losses/value_loss": 9.0})
-    assert script.interval_row(args, 7, sums, before) == {
-        "losses/value_loss": 2.0, "charts/learning_rate": pytest.approx(0.1), "global_step": 224,
-        "time/train_s": 7.0, "charts/SPS": 48.0, "charts/num_episodes": 4.0,
-        "charts/episodic_return": 2.5, "charts/episodic_length": 20.0,
-    }
-    nothing = script.interval_row(args, 0, collections.Counter(), collections.Counter())
-    assert nothing == {"global_step": 0, "time/train_s": 0}
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_log(script, tmp_path):
-    """All rows are written anew, the best networks are those of the best evaluation (of equals the
-    later one), and wandb gets the newest row at its global_step."""
-    tracked = []
-    tracker = types.SimpleNamespace(log=lambda row, step: tracked.append((step, row)))
-    rows = []
-    for step, learner_return in enumerate([2.0, 3.0, 3.0, 1.0]):
-        row = {"global_step": step, "eval/learner_return": learner_return, "eval/guider_return": 4}
-        rows.append(row)
-        params = {"learner": {"params": {"out": {"bias": np.full(2, step, np.float32)}}}}
-        line = script.log(tmp_path, tracker, rows, params)
-    written = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in written] == rows == [row for _, row in tracked]
-    assert [step for step, _ in tracked] == [0, 1, 2, 3]
-    assert line == "global_step=3  learner 1.00  guider 4.00  SPS 0"
-    for file, step in (("learner", 3), ("best_learner", 2)):
-        arrays = safetensors.numpy.load_file(tmp_path / f"{file}.safetensors")
-        np.testing.assert_array_equal(arrays["params,out,bias"], [step, step])
-    check_png(tmp_path / "learning_curve.png")
-    assert len(list(tmp_path.iterdir())) == 4
-
-
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_two_runs_in_one_second(script, monkeypatch, tmp_path):
     """The second run takes the next free name; a folder that cannot be made is refused by flag."""
@@ -221,21 +165,6 @@ def test_every_metric_is_documented():
 
 
 # ------------------------------------------------------------------------------- runs, as processes
-def run(path, flags, folder, environ):
-    """Runs a script in a folder -> the finished process."""
-    command = [sys.executable, str(path), *flags]
-    return subprocess.run(
-        command, cwd=folder, env=environ, capture_output=True, text=True, timeout=400)
-
-
-def read_rows(run_dir):
-    """The rows of the only run in a folder; every line must be complete JSON."""
-    (folder,) = [path for path in pathlib.Path(run_dir).iterdir() if path.name != ".jax_cache"]
-    text = (folder / "metrics.jsonl").read_text()
-    assert text.endswith("\n") and not re.search("NaN|Infinity", text)
-    return folder, [json.loads(line) for line in text.splitlines()]
-
-
 def check_png(path):
     assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and path.stat().st_size > 5000
 
@@ -247,9 +176,9 @@ def smoke(request, environ, tmp_path_factory):
     flags = [*TINY, "--run-dir", "out", "--seed", "7"]
     flags += ["--guider", "mat"] if hasattr(script.Args, "guider") else []
     flags += ["--track"] if script is SCRIPT else []
-    done = run(script.__file__, flags, folder, environ)
-    assert done.returncode == 0, done.stderr
-    return script, done, *read_rows(folder / "out")
+    done = run_program(script.__file__, flags, environ, folder)
+    run_dir = run_folder(folder / "out")
+    return script, done, run_dir, read_rows(run_dir)
 
 
 def test_smoke_files(smoke):
@@ -308,9 +237,9 @@ def test_alone(environ, tmp_path):
     flags = """--env-id LevelBasedForaging-v0 --num-envs 2 --num-steps 128 --num-evals 1
                --total-timesteps 300 --eval-episodes 2 --embed-dim 4 --learner-hidden-dim 4
                --num-minibatches 1 --update-epochs 1 --guider sable --run-dir out""".split()
-    done = run(copy, flags, tmp_path, environ)
-    assert (done.returncode, done.stderr) == (0, "")
-    folder, rows = read_rows(tmp_path / "out")
+    assert run_program(copy, flags, environ, tmp_path).stderr == ""
+    folder = run_folder(tmp_path / "out")
+    rows = read_rows(folder)
     assert folder.name.startswith("LevelBasedForaging-v0____mine__1__")
     assert [row["global_step"] for row in rows] == [0, 256]
     check_png(folder / "learning_curve.png")
@@ -320,7 +249,8 @@ def test_alone(environ, tmp_path):
     assert 0 <= row["charts/episodic_return"] <= 1 and 0 < row["charts/episodic_length"] <= 100
     assert row["losses/first_ratio"] == pytest.approx(1, abs=1e-4)
 
-    done = run(copy, ["--env-id", "RobotWarehouse-v0", "--scenario", "tiny-2ag"], tmp_path, environ)
+    flags = ["--env-id", "RobotWarehouse-v0", "--scenario", "tiny-2ag"]
+    done = run_program(copy, flags, environ, tmp_path, succeeds=False)
     assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
     assert "--scenario tiny-2ag" in done.stderr and "tasks.py" in done.stderr
 
@@ -329,11 +259,11 @@ def test_alone(environ, tmp_path):
 def test_not_a_number(environ, tmp_path):
     """A loss that is not finite: status 1, one line that names it; earlier rows are kept."""
     flags = [*TINY, "--run-dir", "out", "--guider", "mat", "--learning-rate", "1e30"]
-    done = run(SCRIPT.__file__, flags, tmp_path, environ)
+    done = run_program(SCRIPT.__file__, flags, environ, tmp_path, succeeds=False)
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
     assert "not all is finite in iteration 1" in done.stderr and "nan" in done.stderr
-    folder, rows = read_rows(tmp_path / "out")
-    assert [row["global_step"] for row in rows] == [0]
+    folder = run_folder(tmp_path / "out")
+    assert [row["global_step"] for row in read_rows(folder)] == [0]
     check_png(folder / "learning_curve.png")
 
 
@@ -346,19 +276,17 @@ def test_not_a_number(environ, tmp_path):
 ])
 def test_surroundings_that_do_not_work(variables, flags, text, environ, tmp_path):
     """Too few devices, no GPU, no compiler, no login: one line, status 2, no folder."""
-    done = run(SCRIPT.__file__, flags.split(), tmp_path, environ | variables)
+    done = run_program(SCRIPT.__file__, flags.split(), environ | variables, succeeds=False)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
     assert text in done.stderr and list(tmp_path.glob("runs/CoordSum*")) == []
 
 
 @pytest.mark.parametrize("env_id, scenario", [
     ("RobotWarehouse-v0", ""), ("Connector-v3", "con-5x5x3a"), ("SMAX", "2s3z")])
-def test_double_precision_is_ignored(env_id, scenario, environ, tmp_path):
+def test_double_precision_is_ignored(env_id, scenario, environ):
     """JAX_ENABLE_X64=1, of which some environments know nothing, changes nothing."""
     flags = ["--dry-run", "--env-id", env_id, "--scenario", scenario]
-    x64 = environ | {"JAX_ENABLE_X64": "1"}
-    done = run(SCRIPT.__file__, flags, tmp_path, x64)
-    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    assert run_program(SCRIPT.__file__, flags, environ | {"JAX_ENABLE_X64": "1"}).stderr == ""
 
 
 def test_main_leaves_signals_alone(call):

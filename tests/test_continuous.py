@@ -260,8 +260,9 @@ def test_own_rewards_are_not_summed():
     """An environment that says so gives each agent the reward that is its own."""
     env = script.make_env("Steer-v0", "")
     state = env.reset(jax.random.PRNGKey(0))
-    _, reward, *_ = env.step(state, jnp.array([[-40.0] * 3, [40.0] * 3]))
+    state, reward, *_ = env.step(state, jnp.array([[-40.0] * 3, [40.0] * 3]))
     np.testing.assert_allclose(reward, [1, 5])
+    assert state.episode["return"] == 3  # the mean
 
 
 def test_unbounded_actions_are_refused():

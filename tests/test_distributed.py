@@ -1,7 +1,5 @@
 """Tests of several processes: two on this machine, with two CPU devices each, are one with four."""
 
-import json
-import pathlib
 import signal
 import socket
 import subprocess
@@ -9,7 +7,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import scripts_with
+from conftest import CLOCKS, read_rows, run_folder, scripts_with
 
 SCRIPT = scripts_with("start_jax", "main")[0].values[0]  # the same text in all, see test_twins
 FLAGS = """--env-id CoordSum-v0 --scenario 2x3-4 --num-envs 8 --num-steps 8 --eval-episodes 4
@@ -46,18 +44,6 @@ def finish(processes):
     return [process.returncode for process in processes], results[0][0], err
 
 
-def run_folder(run_dir):
-    (folder,) = pathlib.Path(run_dir).iterdir()
-    return folder
-
-
-def read_rows(folder):
-    """The rows of metrics.jsonl without what depends on the clock."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    clocks = ("time/", "charts/SPS")
-    return [{k: x for k, x in row.items() if not k.startswith(clocks)} for row in rows]
-
-
 @pytest.fixture(scope="module")
 def one(environ, tmp_path_factory):
     """The folder of a run in one process."""
@@ -74,7 +60,7 @@ def test_two_processes_are_one(one, environ, tmp_path):
     statuses, out, err = finish(start_two(flags, environ))
     assert statuses == [0, 0], err
     folder = run_folder(tmp_path)
-    for row, expected in zip(read_rows(folder), read_rows(one), strict=True):
+    for row, expected in zip(read_rows(folder, CLOCKS), read_rows(one, CLOCKS), strict=True):
         assert row.keys() == expected.keys()
         for name in row:
             np.testing.assert_allclose(row[name], expected[name], rtol=1e-4, atol=1e-6)
@@ -97,7 +83,7 @@ def test_two_processes_stop_and_go_on(one, environ, tmp_path):
     processes[1].send_signal(signal.SIGTERM)
     statuses, _, err = finish(processes)
     assert statuses == [128 + signal.SIGTERM] * 2, err
-    assert read_rows(folder)[:1] == read_rows(one)[:1]
+    assert read_rows(folder, CLOCKS)[:1] == read_rows(one, CLOCKS)[:1]
     last = read_rows(one)[-1]
     (same,) = [row for row in read_rows(folder) if row["global_step"] == last["global_step"]]
     for name in ("eval/learner_return", "eval/guider_return"):

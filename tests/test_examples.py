@@ -2,21 +2,21 @@
 
 import functools
 import importlib
-import importlib.util
 import json
 import pathlib
 import re
-import subprocess
 import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import has_memory, random_obs, scripts_with
+from conftest import has_memory, random_obs, read_rows, run_folder, run_program, scripts_with
 from flax.traverse_util import flatten_dict
 from PIL import Image
 from safetensors.numpy import save_file
+
+from examples import enjoy, use_learner
 
 ROOT = pathlib.Path(__file__).parent.parent
 SCRIPTS = scripts_with("Learner", "main", feed_forward=True)[:1] + scripts_with("init_hidden")
@@ -25,37 +25,12 @@ TINY = """--env-id CoordSum-v0 --scenario 2x3-4 --num-envs 4 --num-steps 8 --eva
           --total-timesteps 64 --num-evals 1""".split()
 
 
-def load_example(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module", params=SCRIPTS)
 def finished(request, environ, tmp_path_factory):
     """A script, and the folder of a tiny run of it."""
     script, run_dir = request.param, tmp_path_factory.mktemp("runs")
-    command = [sys.executable, script.__file__, *TINY, "--run-dir", str(run_dir)]
-    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    (folder,) = run_dir.iterdir()
-    return script, folder
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """call(example, *flags) -> exit status, stdout, stderr."""
-
-    def main(name, *flags):
-        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, flags)])
-        try:
-            status = load_example(name).main()
-        except SystemExit as exit:
-            status = exit.code
-        return status, *capsys.readouterr()
-
-    return main
+    run_program(script.__file__, [*TINY, "--run-dir", run_dir], environ)
+    return script, run_folder(run_dir)
 
 
 @pytest.mark.parametrize("flags", [[], ["--guider", "--which", "last", "--greedy"]], ids=str)
@@ -63,7 +38,7 @@ def test_enjoy(finished, flags, call, tmp_path):
     """Figures with an interval, and a GIF of as many frames as asked for."""
     _, folder = finished
     gif = tmp_path / "episode.gif"
-    status, out, _ = call("enjoy", folder, "--episodes", 8, "--gif", gif, "--max-frames", 4, *flags)
+    status, out, _ = call(enjoy, folder, "--episodes", 8, "--gif", gif, "--max-frames", 4, *flags)
     assert status is None
     assert re.search(r"mean return: \d+\.\d+ \+- \d+\.\d+", out)
     assert "mean length: 100.000 +- 0.000" in out and "4 states" in out
@@ -74,8 +49,7 @@ def test_enjoy(finished, flags, call, tmp_path):
 def test_enjoy_gives_the_figures_of_the_run(finished):
     """The last networks, played with the key of the last evaluation, have its very return."""
     script, folder = finished
-    row = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
-    enjoy = load_example("enjoy")
+    row = read_rows(folder)[-1]
     eval_key = jax.random.split(jax.random.PRNGKey(1), 3)[2]
     for name in ("learner", "guider"):
         options = enjoy.Options(folder, episodes=4, which="last", guider=name == "guider")
@@ -88,17 +62,16 @@ def test_enjoy_gives_the_figures_of_the_run(finished):
 def test_use_learner(finished, call):
     """One episode in which each agent decides alone."""
     _, folder = finished
-    status, out, _ = call("use_learner", folder)
+    status, out, _ = call(use_learner, folder)
     assert status is None and re.fullmatch(r"100 steps, return \d+\.000\n", out)
 
 
 def test_use_learner_decides_as_the_script(finished):
     """The actions are the script's greedy ones, step after step, also after an episode's end."""
     script, folder = finished
-    use = load_example("use_learner")
-    found, args = use.load_script(folder)
+    found, args = use_learner.load_script(folder)
     env = script.make_env(args.env_id, args.scenario)
-    learner, params = use.load_learner(script, args, env, folder / "learner.safetensors")
+    learner, params = use_learner.load_learner(script, args, env, folder / "learner.safetensors")
     assert found is script
     params = jax.tree.map(lambda x: 5 * x, params)  # so that the actions differ
     own_hidden = [jnp.ones(8)] * 2
@@ -115,15 +88,16 @@ def test_use_learner_decides_as_the_script(finished):
         for j in range(2):
             inputs = (learner, params, jax.tree.map(lambda x: x[0, j], obs))
             if has_memory(script):
-                action, own_hidden[j] = use.decide_with_memory(*inputs, timestep, own_hidden[j])
+                results = use_learner.decide_with_memory(*inputs, timestep, own_hidden[j])
+                action, own_hidden[j] = results
             else:
-                action = use.decide(*inputs)
+                action = use_learner.decide(*inputs)
             assert action == expected[0, j]
             taken.append(int(action))
     assert len(set(taken)) > 1
 
 
-@pytest.mark.parametrize("example", ["enjoy", "use_learner"])
+@pytest.mark.parametrize("example", [enjoy, use_learner])
 def test_no_run(example, call, tmp_path):
     """A folder that is no run ends in one line that names it, status 2."""
     status, out, err = call(example, tmp_path)
@@ -166,18 +140,18 @@ def test_enjoy_own_environment(call, tmp_path, monkeypatch, quick_compile):
     gif = tmp_path / "team.gif"
     flags = ["--episodes", 2, "--gif", gif, "--max-frames", 3]
     make_run(script, "examples.my_env:Meet-v0", "", tmp_path, guider="mat", embed_dim=4)
-    status, out, _ = call("enjoy", tmp_path, *flags)
+    status, out, _ = call(enjoy, tmp_path, *flags)
     assert status is None and "win rate: " in out
     with Image.open(gif) as picture:
         assert picture.n_frames == 3
     for name in ("team", "nowhere/team.gif"):
-        status, out, err = call("enjoy", tmp_path, "--gif", tmp_path / name)
+        status, out, err = call(enjoy, tmp_path, "--gif", tmp_path / name)
         assert (status, out, len(err.splitlines())) == (2, "", 1) and name in err
 
     (tmp_path / "blind.py").write_text(OWN_ENV)
     monkeypatch.chdir(tmp_path)
     make_run(script, "blind:Blind-v0", "", tmp_path, guider="mat", embed_dim=4)
-    status, _, err = call("enjoy", tmp_path, *flags)
+    status, _, err = call(enjoy, tmp_path, *flags)
     assert status == 2 and len(err.splitlines()) == 1
     assert "--gif" in err and "animate(" in err
 
@@ -198,11 +172,11 @@ def test_learner_of_a_copy(call, tmp_path, quick_compile):
         sys.path.remove(str(tmp_path))
     flags = {"guider": "mat", "embed_dim": 4, "learner_hidden_dim": 6}
     make_run(copy, "CoordSum-v0", "2x3-4", tmp_path / "runs" / "one", **flags)
-    status, out, _ = call("use_learner", tmp_path / "runs" / "one")
+    status, out, _ = call(use_learner, tmp_path / "runs" / "one")
     assert status is None and out.startswith("100 steps")
-    assert call("enjoy", tmp_path / "runs" / "one", "--episodes", 2)[0] is None
+    assert call(enjoy, tmp_path / "runs" / "one", "--episodes", 2)[0] is None
     (tmp_path / "deeper.py").unlink()
-    for example in ("use_learner", "enjoy"):
+    for example in (use_learner, enjoy):
         status, _, err = call(example, tmp_path / "runs" / "one")
         assert status == 2 and len(err.splitlines()) == 1
         assert "deeper.py" in err and str(tmp_path) in err and str(ROOT) in err
@@ -217,7 +191,7 @@ def test_enjoy_jaxmarl(env_id, scenario, call, tmp_path, quick_compile):
     script = SCRIPTS[0].values[0]
     env = make_run(script, env_id, scenario, tmp_path, guider="mat", embed_dim=4)
     gif = tmp_path / "team.gif"
-    status, out, _ = call("enjoy", tmp_path, "--episodes", 2, "--gif", gif, "--max-frames", 4)
+    status, out, _ = call(enjoy, tmp_path, "--episodes", 2, "--gif", gif, "--max-frames", 4)
     assert status is None
     assert ("win rate: " in out) == env.has_win_rate and "4 states" in out
     with Image.open(gif) as picture:

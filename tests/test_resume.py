@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
-from conftest import scripts_with
+from conftest import CLOCKS, read_rows, run_folder, run_program, scripts_with
 
 SCRIPTS = scripts_with("Args", "main", "load_checkpoint")
 SCRIPT = SCRIPTS[0].values[0]  # saving is the same text in all scripts, see test_shape.test_twins
@@ -27,44 +27,15 @@ LONG = ["--total-timesteps", "20000", "--num-evals", "5"]
 NETWORKS = ["learner", "guider", "best_learner", "best_guider"]
 
 
-def run(script, flags, environ, folder=None):
-    """Runs a script in a folder -> the finished process."""
-    command = [sys.executable, script.__file__, *flags]
-    return subprocess.run(
-        command, cwd=folder, env=environ, capture_output=True, text=True, timeout=400)
-
-
-def run_folder(run_dir):
-    """The only run's folder in a folder."""
-    (folder,) = [path for path in pathlib.Path(run_dir).iterdir() if path.name[0] != "."]
-    return folder
-
-
 def start_run(script, flags, run_dir, environ):
     """A finished run -> its folder."""
-    done = run(script, [*TINY, *flags, "--run-dir", str(run_dir)], environ)
-    assert done.returncode == 0, done.stderr
+    run_program(script.__file__, [*TINY, *flags, "--run-dir", run_dir], environ)
     return run_folder(run_dir)
-
-
-def resume(script, folder, flags, environ):
-    """Goes on with a run, which must finish -> its folder."""
-    done = run(script, ["--resume", str(folder), *flags], environ)
-    assert done.returncode == 0, done.stderr
-    return folder
-
-
-def read_rows(folder):
-    """The rows of metrics.jsonl without what depends on the clock."""
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    clocks = ("time/", "charts/SPS")
-    rows = [json.loads(line) for line in lines]
-    return [{k: x for k, x in row.items() if not k.startswith(clocks)} for row in rows]
 
 
 def assert_same_run(folder, other):
     """Both runs have the same rows and the same networks, to the last bit."""
-    assert read_rows(folder) == read_rows(other)
+    assert read_rows(folder, CLOCKS) == read_rows(other, CLOCKS)
     for name in NETWORKS:
         file = f"{name}.safetensors"
         assert (folder / file).read_bytes() == (other / file).read_bytes(), name
@@ -97,7 +68,7 @@ def test_resumed_equals_uninterrupted(script, devices, whole, environ, tmp_path)
     flags = ["--num-devices", str(devices)]
     folder = start_run(script, [*HALF, *flags], tmp_path, environ)
     assert len(read_rows(folder)) == 3
-    resume(script, folder, BUDGET, environ)
+    run_program(script.__file__, ["--resume", folder, *BUDGET], environ)
     assert_same_run(folder, whole(script, *BUDGET, *flags))
     about = json.loads((folder / "args.json").read_text())
     assert about["args"]["total_timesteps"] == 640 and "--resume" in about["command"]
@@ -111,8 +82,8 @@ def test_resuming_a_finished_run(flags, whole, environ, tmp_path):
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     environ = {k: x for k, x in environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
-    done = run(SCRIPT, ["--resume", str(folder), *flags], environ, elsewhere)
-    assert done.returncode == 0 and "nothing to do" in done.stdout, done.stderr
+    done = run_program(SCRIPT.__file__, ["--resume", folder, *flags], environ, elsewhere)
+    assert "nothing to do" in done.stdout
     assert_same_run(folder, finished)
     assert list(elsewhere.iterdir()) == []
 
@@ -142,11 +113,9 @@ def test_state_that_numpy_cannot_hold(environ, tmp_path):
     (tmp_path / "odd.py").write_text(ODD_ENV)
     flags = [*TINY, "--env-id", "odd:Odd-v0", "--scenario", ""]
     for name, budget in (("whole", BUDGET), ("half", HALF)):
-        done = run(SCRIPT, [*flags, *budget, "--run-dir", name], environ, tmp_path)
-        assert done.returncode == 0, done.stderr
+        run_program(SCRIPT.__file__, [*flags, *budget, "--run-dir", name], environ, tmp_path)
     half = run_folder(tmp_path / "half")
-    done = run(SCRIPT, ["--resume", str(half), *BUDGET], environ, tmp_path)
-    assert done.returncode == 0, done.stderr
+    run_program(SCRIPT.__file__, ["--resume", half, *BUDGET], environ, tmp_path)
     assert_same_run(half, run_folder(tmp_path / "whole"))
 
 
@@ -191,7 +160,7 @@ def test_signals_end_a_run_in_good_order(name, whole, environ, tmp_path):
     assert (folder / "learning_curve.png").read_bytes()[:4] == b"\x89PNG"
     assert 2 <= len(read_rows(folder)) < 6
     if name == "SIGTERM":
-        resume(SCRIPT, folder, [], environ)
+        run_program(SCRIPT.__file__, ["--resume", folder], environ)
         assert_same_run(folder, whole(SCRIPT, *LONG))
 
 
@@ -213,7 +182,7 @@ def test_killed_run_goes_on(whole, environ, tmp_path):
     text = (folder / "metrics.jsonl").read_text().replace("\n", "\r\n")  # as Windows may leave it
     torn = '{"global_step": 1, "a row after the checkpoint": 1}\n{"a torn'
     (folder / "metrics.jsonl").write_text(text + torn)
-    resume(SCRIPT, folder, [], environ)
+    run_program(SCRIPT.__file__, ["--resume", folder], environ)
     assert_same_run(folder, whole(SCRIPT, *LONG))
     assert len(list(folder.glob("checkpoint_*"))) == 1
 
@@ -302,26 +271,6 @@ DAMAGES = {  # a file, what becomes of its bytes (None: it is gone), what the li
 }
 
 
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """call(*flags) -> exit status, stdout, stderr of main, in this process."""
-    before = jax.config.jax_compilation_cache_dir
-
-    def main(*flags):
-        monkeypatch.setattr(sys, "argv", [f"{SCRIPT.__name__}.py", *flags])
-        jax.config.update("jax_compilation_cache_dir", "unused")  # a user's own is left alone
-        jax.config.update("jax_enable_compilation_cache", False)
-        try:
-            status = SCRIPT.main()
-        except SystemExit as exit:
-            status = exit.code
-        return status, *capsys.readouterr()
-
-    yield main
-    jax.config.update("jax_compilation_cache_dir", before)
-    jax.config.update("jax_enable_compilation_cache", True)
-
-
 @pytest.mark.parametrize("file, change, text", DAMAGES.values(), ids=DAMAGES)
 def test_unusable_folders(file, change, text, whole, call, tmp_path):
     """One line that names --resume, exit status 2, and nothing is touched or made."""
@@ -333,7 +282,7 @@ def test_unusable_folders(file, change, text, whole, call, tmp_path):
         (folder / file).write_bytes(data)
     before = snapshot(folder)
     for path, reason in ((folder, text), (tmp_path / "nothing", "nothing: is no run's folder")):
-        status, _, err = call("--resume", str(path), "--total-timesteps", "6400")
+        status, _, err = call(SCRIPT, "--resume", path, "--total-timesteps", 6400)
         assert (status, len(err.splitlines())) == (2, 1), err
         assert "--resume" in err and reason in err
     assert snapshot(folder) == before and list(tmp_path.iterdir()) == [folder]
@@ -346,7 +295,7 @@ def test_flags_that_may_not_change(flags, whole, call):
     """Another value of a flag that makes the run what it is, is refused by its name."""
     folder = whole(SCRIPT, *BUDGET)
     before, about = snapshot(folder), (folder / "args.json").read_bytes()
-    status, out, err = call("--resume", str(folder), *flags.split())
+    status, out, err = call(SCRIPT, "--resume", folder, *flags.split())
     assert (status, out, len(err.splitlines())) == (2, "", 1)
     assert flags.split()[0] in err and "total_timesteps" in err
     assert (snapshot(folder), (folder / "args.json").read_bytes()) == (before, about)

@@ -1,14 +1,12 @@
 """examples/seeds.py: several seeds side by side are those seeds, each alone."""
 
-import json
 import pathlib
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import safetensors.numpy
+from conftest import CLOCKS, read_rows, run_program
 
 ROOT = pathlib.Path(__file__).parent.parent
 FLAGS = """--env-id CoordSum-v0 --scenario 2x3-4 --num-envs 4 --num-steps 8 --eval-episodes 4
@@ -17,15 +15,8 @@ FLAGS = """--env-id CoordSum-v0 --scenario 2x3-4 --num-envs 4 --num-steps 8 --ev
 
 
 def run(program, flags, folder, environ):
-    done = subprocess.run(
-        [sys.executable, ROOT / program, *FLAGS, *flags, "--run-dir", str(folder)],
-        env=environ, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    run_program(ROOT / program, [*FLAGS, *flags, "--run-dir", folder], environ)
     return {path.name.split("__")[3]: path for path in folder.iterdir()}
-
-
-def rows(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize(
@@ -37,9 +28,10 @@ def test_seeds_side_by_side(script, environ, tmp_path):
     both = run("examples/seeds.py", together, tmp_path / "both", environ)
     alone = run(script, ["--seed", "2"], tmp_path / "alone", environ)
     assert both.keys() == {"1", "2"}
-    for row, expected in zip(rows(both["2"]), rows(alone["2"]), strict=True):
+    rows = (read_rows(folders["2"], CLOCKS) for folders in (both, alone))
+    for row, expected in zip(*rows, strict=True):
         assert row.keys() == expected.keys()
-        for name in [name for name in row if not name.startswith(("time/", "charts/SPS"))]:
+        for name in row:
             np.testing.assert_allclose(row[name], expected[name], rtol=1e-3, atol=1e-5)
     networks = [safetensors.numpy.load_file(path / "learner.safetensors")
                 for path in (both["2"], alone["2"], both["1"])]
@@ -59,10 +51,7 @@ def test_default_sizes(script, environ, tmp_path):
     assert script in flags and not any("dim" in flag for flag in flags)
     flags += """--num-envs 4 --num-steps 8 --total-timesteps 32 --num-evals 1
                 --eval-episodes 2""".split()
-    done = subprocess.run(
-        [sys.executable, ROOT / program, *flags, "--run-dir", str(tmp_path)], env=environ,
-        capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
+    run_program(ROOT / program, [*flags, "--run-dir", tmp_path], environ)
     num_seeds = flags.index("--env-id") - flags.index("--seeds") - 1
     assert len(list(tmp_path.glob("*/learner.safetensors"))) == num_seeds > 1
 
@@ -70,12 +59,11 @@ def test_default_sizes(script, environ, tmp_path):
 @pytest.mark.slow
 def test_not_finite(environ, tmp_path):
     """A seed whose training breaks down ends in a line that names it, and not in rows of NaN."""
-    flags = [*FLAGS, "--seeds", "5", "6", "--learning-rate", "4e9", "--run-dir", str(tmp_path)]
-    command = [sys.executable, ROOT / "examples/seeds.py", *flags]
-    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=300)
+    flags = [*FLAGS, "--seeds", "5", "6", "--learning-rate", "4e9", "--run-dir", tmp_path]
+    done = run_program(ROOT / "examples/seeds.py", flags, environ, succeeds=False)
     assert done.returncode == 1, done.stderr
     assert "error: seed 5: not all is finite" in done.stderr.splitlines()[-1]
-    assert [len(rows(folder)) for folder in tmp_path.iterdir()] == [1, 1]
+    assert [len(read_rows(folder)) for folder in tmp_path.iterdir()] == [1, 1]
 
 
 @pytest.mark.parametrize("flags, names", [
@@ -86,8 +74,8 @@ def test_not_finite(environ, tmp_path):
 ])
 def test_flag_errors(flags, names, environ, tmp_path):
     """One line that names flag and value, status 2."""
-    command = [sys.executable, ROOT / "examples/seeds.py", *flags.split(), "--run-dir", "runs"]
-    done = subprocess.run(command, env=environ, cwd=tmp_path, capture_output=True, text=True)
+    flags = [*flags.split(), "--run-dir", "runs"]
+    done = run_program(ROOT / "examples/seeds.py", flags, environ, tmp_path, succeeds=False)
     assert done.returncode == 2 and done.stdout == ""
     assert len(done.stderr.splitlines()) == 1 and names in done.stderr
     assert list(tmp_path.iterdir()) == []

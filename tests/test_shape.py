@@ -13,9 +13,10 @@ import sys
 import tokenize
 
 import pytest
+from conftest import run_program
 
 ROOT = pathlib.Path(__file__).parent.parent
-SCRIPTS = [name for name in ("ctds_ff", "magpo_ff", "magpo_rec") if (ROOT / f"{name}.py").exists()]
+SCRIPTS = ["ctds_ff", "magpo_ff", "magpo_rec"]
 BASELINES = [path.stem for path in sorted((ROOT / "baselines").glob("*.py"))]
 sys.path.append(str(ROOT / "baselines"))
 OWN_FILES = {path.stem for path in ROOT.glob("*.py")}
@@ -95,16 +96,8 @@ def pieces(script):
     return found
 
 
-def readme():
-    if not README.exists():
-        pytest.skip("there is no README.md yet")
-    return README.read_text()
-
-
 for_each_script = pytest.mark.parametrize("script", SCRIPTS + BASELINES)
-for_each_magpo = pytest.mark.parametrize(
-    "script", [name for name in SCRIPTS if name.startswith("magpo")]
-)
+for_each_magpo = pytest.mark.parametrize("script", ["magpo_ff", "magpo_rec"])
 
 
 # -------------------------------------------------------------------------------------- short, flat
@@ -133,9 +126,9 @@ def test_diff(pair):
 
 
 def test_length_of_tests():
-    """The tests do not outgrow what they test; 7,000 lines is where they should come down to."""
+    """The tests do not outgrow what they test."""
     files = (ROOT / "tests").glob("*.py")
-    assert sum(len(file.read_text().splitlines()) for file in files) <= 7500
+    assert sum(len(file.read_text().splitlines()) for file in files) <= 7000
 
 
 def test_lint():
@@ -228,8 +221,6 @@ def test_stands_alone(script):
 def test_twins(pair):
     """What two scripts share by name is the same to the letter, apart from what is listed, which
     differs."""
-    if not set(pair) <= set(SCRIPTS + BASELINES):
-        pytest.skip(f"only {SCRIPTS + BASELINES} exist")
     left, right = (pieces(script) for script in pair)
     shared = left.keys() & right.keys()
     assert len(shared) > 10
@@ -256,7 +247,6 @@ def test_delta_in_three_places(script):
     assert sorted(reads) == [("minibatch_loss", "double_clip"), ("minibatch_loss", "jnp.log")]
 
 
-@pytest.mark.skipif("ctds_ff" not in SCRIPTS, reason="ctds_ff.py does not exist")
 def test_no_delta_without_magpo():
     """The baseline knows no delta: no flag, no double clip, no mask."""
     names = {n.arg if isinstance(n, ast.arg) else getattr(n, "attr", getattr(n, "id", None))
@@ -279,7 +269,7 @@ def test_details_once_in_the_code(script):
 
 def test_details_in_the_readme():
     """Each numbered detail of a script or of tasks.py has one row in the README's table."""
-    rows = re.findall(r"^\| *D(\d+) *\|", readme(), re.M)
+    rows = re.findall(r"^\| *D(\d+) *\|", README.read_text(), re.M)
     assert sorted(map(int, rows)) == sorted(
         {n for file in [*SCRIPTS, "tasks"] for n in details(file)}
     )
@@ -295,40 +285,33 @@ def commands(document):
     return [(x[2], shlex.split(x[3])) for x in found if x[2] in known[x[1] is None]]
 
 
-def check_command(script, flags, monkeypatch, capsys):
+def check_command(script, flags, call, environ):
     """Runs a command with --dry-run; one that asks for several devices needs a process of its
     own."""
-    command = [f"{script}.py", *flags, "--dry-run"]
     if "--num-devices" in flags:
-        done = subprocess.run(
-            [sys.executable, path_of(script), *command[1:]], capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr
+        run_program(path_of(script), [*flags, "--dry-run"], environ)
         return
-    monkeypatch.setattr(sys, "argv", command)
-    try:
-        status = importlib.import_module(script).main()
-    except SystemExit as exit:
-        status = exit.code
-    assert status == 0, (" ".join(command), capsys.readouterr().err)
+    status, _, err = call(importlib.import_module(script), *flags, "--dry-run")
+    assert status == 0, (script, flags, err)
 
 
 @for_each_script
-def test_commands_of_the_docstring(script, monkeypatch, capsys, tmp_path):
+def test_commands_of_the_docstring(script, call, environ, monkeypatch, tmp_path):
     """The two commands at the top of a script are accepted as they stand."""
     monkeypatch.chdir(tmp_path)
     found = commands(ast.get_docstring(ast.parse(text(script))))
     assert len(found) == 2 and {name for name, _ in found} == {script}
     for name, flags in found:
-        check_command(name, flags, monkeypatch, capsys)
+        check_command(name, flags, call, environ)
 
 
-def test_commands_of_the_readme(monkeypatch, capsys, tmp_path):
+def test_commands_of_the_readme(call, environ, monkeypatch, tmp_path):
     """The training commands in the README are accepted as they stand."""
-    blocks = re.findall(r"^```(?:bash|sh|shell|console)\n(.*?)^```", readme(), re.M | re.S)
+    text = README.read_text()
+    blocks = re.findall(r"^```(?:bash|sh|shell|console)\n(.*?)^```", text, re.M | re.S)
     monkeypatch.chdir(tmp_path)
     found = commands("\n".join(blocks))
     assert {name for name, _ in found} >= set(SCRIPTS)
     for name, flags in found:
         if not {"--resume", "--eval-only"} & set(flags):  # these need a run to go on from
-            check_command(name, flags, monkeypatch, capsys)
+            check_command(name, flags, call, environ)

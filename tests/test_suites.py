@@ -1,12 +1,10 @@
 """A task of each suite is trained on, on tiny sizes; CoordSum's are in test_cli.py."""
 
 import importlib
-import json
 import math
-import sys
 
-import jax
 import pytest
+from conftest import read_rows, run_folder
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -27,16 +25,12 @@ TINY = """--num-envs 2 --num-steps 4 --total-timesteps 16 --num-evals 1 --eval-e
 
 
 @pytest.mark.parametrize("name, env_id, scenario", TASKS)
-def test_trains(name, env_id, scenario, monkeypatch, tmp_path):
+def test_trains(name, env_id, scenario, call, tmp_path):
     """Two iterations and two evaluations; acting = training, and all numbers are finite."""
     script = importlib.import_module(name)
     flags = ["--env-id", env_id, "--scenario", scenario, "--run-dir", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", [name, *flags, *TINY])
-    cache = jax.config.jax_compilation_cache_dir
-    assert script.main() == 0
-    jax.config.update("jax_compilation_cache_dir", cache)
-    (metrics,) = tmp_path.glob("*/metrics.jsonl")
-    start, end = map(json.loads, metrics.read_text().splitlines())
+    assert call(script, *flags, *TINY)[0] == 0
+    start, end = read_rows(run_folder(tmp_path))
     assert (start["global_step"], end["global_step"]) == (0, 16)
     assert all(math.isfinite(x) for row in (start, end) for x in row.values())
     assert end["losses/first_ratio"] == pytest.approx(1, abs=1e-4)
