@@ -292,7 +292,7 @@ class Transition(NamedTuple):  # one step; a rollout stacks them to (T, B, ..)
     reward: jax.Array  # (N,)
     discount: jax.Array  # () 0 where the episode terminated
     last: jax.Array  # () bool, the episode ended: terminated or truncated
-    episode: dict  # so far, of what followed
+    after: EnvState  # what followed, also at the end of an episode, without its game
     next_value: jax.Array  # (N,) of what followed, normalised
     advantage: Any = None  # (N,), once the rollout is complete
     target: Any = None  # (N,) of the value, normalised
@@ -397,7 +397,7 @@ def collect(args, env, learner, critic, state):
         # The value of what followed, which the next step values again unless the episode ended.
         following = add_time((after.obs, after.episode["length"]))
         next_value, _ = critic.apply(state.params["critic"], *following, critic_hidden)
-        results = (reward, discount, last, after.episode, next_value[:, 0])
+        results = (reward, discount, last, after._replace(game=None), next_value[:, 0])
         transition = Transition(*now, action, log_prob, value[:, 0], *results)
         # The number of each ended episode, from 0; what the others get here is never used.
         entry = (num_ended + jnp.cumsum(last) - 1) % batch_size
@@ -462,7 +462,7 @@ def train_iteration(args, env, learner, critic, state):
     # The advantage is the target less the value: its variance is what the values do not explain.
     unexplained, total = lax.pmean((jnp.var(advantage), jnp.var(target)), "device")
     metrics["losses/explained_variance"] = 1 - unexplained / (total + 1e-8)
-    ended = jax.tree.map(lambda x: jnp.sum(x * rollout.last), rollout.episode)
+    ended = jax.tree.map(lambda x: jnp.sum(x * rollout.last), rollout.after.episode)
     ended["episodes"] = jnp.sum(1.0 * rollout.last)
     return state, metrics | lax.psum(ended, "device")
 

@@ -244,7 +244,7 @@ def random_minibatch(script, seed, guider, learner, num_samples, num_agents):
     fields |= {"obs": obs, "action": jnp.argmax(obs.action_mask, axis=-1).astype(jnp.int32)}
     if guider.continuous:
         fields["action"] = random_like(seed + 1, obs.action_mask)
-    for name in ("behaviour_log_prob", "value", "advantage"):
+    for name in ("behaviour_log_prob", "value", "advantage", "target"):
         fields[name] = jnp.asarray(rng.normal(size=(*shape, num_agents)), float)
     if memory:
         start = rng.integers(3, size=shape[0])

@@ -120,9 +120,9 @@ def make_problem(script):
     mb, params = random_minibatch(script, 0, guider, learner, NUM_SAMPLES, NUM_AGENTS)
     act = jax.jit(functools.partial(let_guider_act, script, guider))
     mb = act(params["guider"], mb, jax.random.PRNGKey(3))
-    noise = 0.3 * jax.random.normal(jax.random.PRNGKey(8), mb.value.shape)
-    log_prob = mb.behaviour_log_prob + noise
-    return guider, learner, params, mb._replace(behaviour_log_prob=log_prob, value=mb.value + noise)
+    log_prob = mb.behaviour_log_prob
+    log_prob += 0.3 * jax.random.normal(jax.random.PRNGKey(8), log_prob.shape)
+    return guider, learner, params, mb._replace(behaviour_log_prob=log_prob)
 
 
 @functools.cache
@@ -158,7 +158,7 @@ def losses_by_the_paper(script, delta, learner_rl_coef, ent_coef, vf_coef, clip_
     guider, learner, params, mb = make_problem(script)
     mask, taken = mb.obs.action_mask, jax.nn.one_hot(mb.action, NUM_ACTIONS, dtype=bool)
     advantage = (mb.advantage - jnp.mean(mb.advantage)) / jnp.std(mb.advantage)
-    mu_old, target = jnp.exp(mb.behaviour_log_prob), mb.value + mb.advantage
+    mu_old = jnp.exp(mb.behaviour_log_prob)
 
     def policies(guider_params, learner_params):
         policy, value = apply_guider(guider, guider_params, mb)
@@ -177,13 +177,11 @@ def losses_by_the_paper(script, delta, learner_rl_coef, ent_coef, vf_coef, clip_
     def guider_objective(guider_params):
         log_mu, log_pi, mu, pi, value = policies(guider_params, params["learner"])
         r, outside = mu / mu_old, (mu / pi < 1 / delta) | (mu / pi > delta)
-        near_value = mb.value + jnp.clip(value - mb.value, -clip_coef, clip_coef)
-        squared_error = jnp.maximum((value - target) ** 2, (near_value - target) ** 2)
         parts = {
             "guider_policy_loss": ppo(r, jnp.clip(mu / pi, 1 / delta, delta) * pi / mu_old),
             "guider_kl": jnp.where(outside, explicit_kl(log_mu, log_pi), 0.0),
             "guider_entropy": entropy(log_mu),
-            "value_loss": squared_error / 2,
+            "value_loss": (value - mb.target) ** 2 / 2,
             "ratio": r,
             "approx_kl": r - 1 - jnp.log(r),
             "clipfrac": jnp.abs(r - 1) > clip_coef,
@@ -397,6 +395,9 @@ def test_evaluation(script, monkeypatch):
 
 
 # -------------------- A whole iteration -----------------------------------------------------------
+SCALE = jnp.array([0.5, 2.0])  # mean and std of the targets so far
+
+
 @pytest.fixture(scope="module", params=scripts_with("train_iteration", "collect", distinct=True))
 def iteration(request):
     """run(seed) -> script, guider, state before, rollout from it, state after, metrics."""
@@ -411,7 +412,7 @@ def iteration(request):
         before = first_state(script, parts, seed)
         noise = random_like(0, before.params, 0.3)  # so that values differ
         params = jax.tree.map(jnp.add, before.params, noise)
-        before = before._replace(iteration=jnp.int32(iteration), params=params)
+        before = before._replace(iteration=jnp.int32(iteration), params=params, value_scale=SCALE)
         return script, parts[2], before, collect(before)[1], *iterate(before)
 
     return run
@@ -419,8 +420,9 @@ def iteration(request):
 
 def test_metrics_of_an_iteration(iteration):
     """Sums over the episodes that ended, and how much of the targets the values explain, which are
-    those of what followed each action, not of the fresh episode after it."""
-    script, guider, before, rollout, _, metrics = iteration(0)
+    those of what followed each action, not of the fresh episode after it. Values are in the scale
+    of the targets, which the state hands on."""
+    script, guider, before, rollout, after, metrics = iteration(0)
     last = np.asarray(rollout.last)
     assert metrics["episodes"] == np.sum(last) > 0 and np.any(last & (rollout.discount == 1))
     for name in ("return", "length", "won"):
@@ -430,12 +432,19 @@ def test_metrics_of_an_iteration(iteration):
     if not has_memory(script):
         view, params = rollout.after.obs.agents_view, before.params["guider"]
         _, next_value = jax.jit(functools.partial(guider.apply, method="encode"))(params, view)
-    steps = rollout.reward, rollout.value, next_value, rollout.discount, rollout.last
-    advantage = advantages(script, *steps, 0.99, 0.95)
-    unexplained = np.var(advantage) / np.var(advantage + rollout.value)
     assert np.std(next_value) > 0.05
+    value, next_value = (SCALE[0] + SCALE[1] * x for x in (rollout.value, next_value))
+    steps = rollout.reward, value, next_value, rollout.discount, rollout.last
+    advantage = advantages(script, *steps, 0.99, 0.95)
+    target = advantage + value
+    unexplained = np.var(advantage) / np.var(target)
     np.testing.assert_allclose(metrics["losses/explained_variance"], 1 - unexplained, rtol=1e-4)
     np.testing.assert_allclose(metrics["charts/learning_rate"], 1e-3, rtol=1e-6)
+
+    seen = np.array([np.mean(target), np.std(target)])  # the first iteration's alone, later mixed
+    np.testing.assert_allclose(after.value_scale, seen, rtol=1e-4)
+    *_, third, _ = iteration(0, 0, 2)
+    np.testing.assert_allclose(third.value_scale, (2 * SCALE + seen) / 3, rtol=1e-4)
 
 
 def test_iteration_moves_both_networks(iteration):
@@ -475,13 +484,13 @@ def test_same_seed_same_parameters(iteration):
 @pytest.mark.parametrize("script", scripts_with("train_iteration", "minibatch_loss"))
 def test_minibatches(script, monkeypatch):
     """Each epoch is a permutation of all samples, or with memory of all sequences, and epochs
-    differ; a loss is the mean over all minibatches, the first ratio that of the first."""
+    differ; targets have mean 0 and std 1; a loss is the mean over all minibatches, the first ratio that of the first."""
     flags = {"num_steps": 4, "num_minibatches": 2, "update_epochs": 3}
     parts, seen = make_parts(script, ScriptedEnv(script), **flags), []
 
     def minibatch_loss(params, args, guider, learner, mb):
         tag, time = mb.obs.agents_view[..., 0, 1] * 2**22, mb.obs.agents_view[..., 0, 2]
-        jax.debug.callback(lambda *x: seen.append(x), tag, time, ordered=False)
+        jax.debug.callback(lambda *x: seen.append(x), tag, time, mb.target, ordered=False)
         loss = sum(jnp.sum(x) for x in jax.tree.leaves(params))
         return 0.0 * loss, {"ratio": tag.ravel()[0], "tag": jnp.mean(tag)}
 
@@ -490,10 +499,12 @@ def test_minibatches(script, monkeypatch):
     _, metrics = iterate(first_state(script, parts))
     jax.effects_barrier()
     assert len(seen) == 6
-    mean_tag = np.mean([tag for tag, _ in seen])
+    mean_tag = np.mean([tag for tag, *_ in seen])
     np.testing.assert_allclose(metrics["losses/tag"], mean_tag, rtol=1e-5)
-    assert metrics["losses/first_ratio"] in [tag.ravel()[0] for tag, _ in seen]
-    samples = [np.stack([tag.ravel(), time.ravel()], axis=1) for tag, time in seen]
+    assert metrics["losses/first_ratio"] in [tag.ravel()[0] for tag, *_ in seen]
+    target = np.concatenate([target.ravel() for *_, target in seen])
+    np.testing.assert_allclose([np.mean(target), np.std(target)], [0, 1], atol=1e-5)
+    samples = [np.stack([tag.ravel(), time.ravel()], axis=1) for tag, time, _ in seen]
     assert all(len(x) == 8 for x in samples)
     # In each epoch every sample once: each occurs three times in all, and minibatches differ.
     _, counts = np.unique(np.concatenate(samples), axis=0, return_counts=True)

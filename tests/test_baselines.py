@@ -52,14 +52,8 @@ def losses_by_hand(logits, value, mb, coef, factor):
     entropy = -np.sum(probs * np.log(probs), axis=-1)
     by_logits += coef.ent_coef * probs * (np.log(probs) + entropy[:, None])
 
-    target = mb["value"] + mb["advantage"]
-    error = value - target
-    near = mb["value"] + np.clip(value - mb["value"], -eps, eps)
-    near_error = near - target
-    is_near = np.abs(value - mb["value"]) < eps
-    use_near = near_error**2 > error**2
-    by_value = coef.vf_coef * np.where(use_near, near_error * is_near, error)
-    value_loss = 0.5 * np.mean(np.maximum(error**2, near_error**2))
+    error = value - mb["target"]
+    by_value, value_loss = coef.vf_coef * error, 0.5 * np.mean(error**2)
     loss = -np.mean(np.minimum(plain, clipped)) - coef.ent_coef * np.mean(entropy)
     return loss + coef.vf_coef * value_loss, by_logits / size, by_value / size
 
@@ -67,11 +61,11 @@ def losses_by_hand(logits, value, mb, coef, factor):
 def numbers(shape, seed):
     """Fields of a minibatch, logits and values: random, so that each clip bites here and there."""
     rng = np.random.default_rng(seed)
-    fields = {name: rng.normal(size=shape) for name in ("value", "advantage")}
+    fields = {name: rng.normal(size=shape) for name in ("target", "advantage")}
     fields["action"] = rng.integers(NUM_ACTIONS, size=shape)
     fields["behaviour_log_prob"] = np.log(rng.uniform(0.1, 0.6, size=shape))
     logits = rng.normal(size=(*shape, NUM_ACTIONS))
-    return fields, logits, fields["value"] + rng.normal(0, 0.4, shape)
+    return fields, logits, fields["target"] + rng.normal(0, 0.4, shape)
 
 
 def as_minibatch(script, fields):
@@ -272,7 +266,7 @@ def test_factor_against_a_plain_loop():
             own = jax.tree.map(lambda x: x[j], params)
             of_agent = {
                 name: jax.tree.map(lambda x: x[:, :, j : j + 1], getattr(mb, name))
-                for name in ("obs", "action", "behaviour_log_prob", "value", "advantage")}
+                for name in ("obs", "action", "behaviour_log_prob", "advantage", "target")}
             part = mb._replace(**of_agent, hidden=jax.tree.map(lambda x: x[:, j : j + 1], hidden))
             expected, expected_factor = step(own, part, expected_factor)
             jax.tree.map(equal, jax.tree.map(lambda x: x[i, 0, j], found), expected)
