@@ -5,7 +5,6 @@ import functools
 import importlib
 import json
 import pathlib
-import subprocess
 import sys
 import types
 
@@ -15,7 +14,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import ScriptedEnv, has_memory, random_obs, random_params, tags_and_times
+from conftest import (
+    ScriptedEnv,
+    first_state,
+    has_memory,
+    make_parts,
+    on_one_device,
+    random_obs,
+    random_params,
+    read_rows,
+    run_folder,
+    run_program,
+    tags_and_times,
+)
 from test_cli import CHARTS, TIME
 from test_cli import test_every_flag_is_read as check_that_flags_are_read
 from test_ctds import MatchingGame, success
@@ -35,27 +46,18 @@ NUM_AGENTS, NUM_ACTIONS, NUM_FEATURES, WIDTH = 3, 4, 5, 16
 
 
 # -------------------- Losses, by hand -------------------------------------------------------------
-def losses_by_hand(logits, value, mb, coef, factor):
-    """PPO's loss with entropy and value loss in numpy -> loss, its gradients by logits and value.
-
-    logits (S, A); value and the fields of mb (S,), with action and mask; factor (S,). All legal.
-    """
-    eps, size = coef.clip_coef, len(logits)
-    probs = np.exp(logits) / np.sum(np.exp(logits), axis=-1, keepdims=True)
-    taken = np.eye(logits.shape[-1])[mb["action"]]
-    ratio = np.sum(probs * taken, axis=-1) / np.exp(mb["behaviour_log_prob"])
-    advantage = (mb["advantage"] - np.mean(mb["advantage"])) / np.std(mb["advantage"])
-    advantage = factor * advantage
-    plain, clipped = ratio * advantage, np.clip(ratio, 1 - eps, 1 + eps) * advantage
-    follows = (plain <= clipped)[:, None]  # elsewhere the clip decides, which has no slope
-    by_logits = -plain[:, None] * follows * (taken - probs)
-    entropy = -np.sum(probs * np.log(probs), axis=-1)
-    by_logits += coef.ent_coef * probs * (np.log(probs) + entropy[:, None])
-
-    error = value - mb["target"]
-    by_value, value_loss = coef.vf_coef * error, 0.5 * np.mean(error**2)
-    loss = -np.mean(np.minimum(plain, clipped)) - coef.ent_coef * np.mean(entropy)
-    return loss + coef.vf_coef * value_loss, by_logits / size, by_value / size
+def loss_by_hand(params, mb, args, factor):
+    """PPO's loss with entropy and value loss, written down anew with probabilities in place of
+    their logarithms: logits and fields of mb (.., N, ..), values of the team (..). All is legal."""
+    eps, probs = args.clip_coef, jax.nn.softmax(params["learner"])
+    value = params["critic"][..., None]
+    taken = jnp.sum(probs * jax.nn.one_hot(mb["action"], NUM_ACTIONS), axis=-1)
+    ratio = taken / jnp.exp(mb["behaviour_log_prob"])
+    advantage = factor * (mb["advantage"] - jnp.mean(mb["advantage"])) / jnp.std(mb["advantage"])
+    policy_loss = -jnp.minimum(ratio * advantage, jnp.clip(ratio, 1 - eps, 1 + eps) * advantage)
+    entropy = -jnp.sum(probs * jnp.log(probs), axis=-1)
+    value_loss = (value - mb["target"]) ** 2 / 2
+    return jnp.mean(policy_loss - args.ent_coef * entropy + args.vf_coef * value_loss)
 
 
 def numbers(shape, seed):
@@ -98,45 +100,35 @@ def stand_ins(script):
 
 def gradient_of(loss):
     """loss(params, ..) -> its value and gradients, on one device."""
-    gradient = jax.value_and_grad(loss, has_aux=True)
 
     def call(params, *inputs):
-        on_device = jax.vmap(lambda params: gradient(params, *inputs), axis_name="device")
-        (value, _), grads = on_device(jax.tree.map(lambda x: x[None], params))
-        return value[0], jax.tree.map(lambda x: x[0], grads)
+        gradient = on_one_device(jax.value_and_grad(loss, has_aux=True))
+        (value, _), grads = gradient(params, *inputs)
+        return value, grads
 
     return call
 
 
 @pytest.mark.parametrize("script", BASELINES)
 def test_gradients_by_hand(script):
-    """Loss, and its gradient by the learner's logits and the team's value, against numpy; of HAPPO
-    for one agent, whose advantage the factor multiplies."""
+    """Loss, and its gradient by the learner's logits and the team's value; of HAPPO for one agent,
+    whose advantage the factor multiplies."""
     args = script.Args(ent_coef=0.3, vf_coef=0.7)
     shape = (20, 5, NUM_AGENTS) if has_memory(script) else (100, NUM_AGENTS)
     fields, logits, value = numbers(shape, seed=0)
-    mb, networks = as_minibatch(script, fields), stand_ins(script)
-    factor = np.exp(np.random.default_rng(1).normal(size=(*shape[:-1], 1)))
+    mb, networks, factor = as_minibatch(script, fields), stand_ins(script), 1.0
     params = {"learner": jnp.asarray(logits, float), "critic": jnp.asarray(value[..., 1], float)}
     if script is happo_rec:
+        factor = np.exp(np.random.default_rng(1).normal(size=(*shape[:-1], 1)))
         params["learner"] = params["learner"][..., 1:2, :]
-        inputs = (args, *networks, None, happo_rec.part_of(1, mb), jnp.asarray(factor))
-        loss, grads = gradient_of(script.agent_loss)(params, *inputs)
         fields = {name: x[..., 1:2] for name, x in fields.items()}
+        inputs = (args, *networks, None, happo_rec.part_of(1, mb), jnp.asarray(factor))
+        found = gradient_of(script.agent_loss)(params, *inputs)
     else:
-        loss, grads = gradient_of(script.minibatch_loss)(params, args, *networks, mb)
-        factor = np.ones((*shape[:-1], NUM_AGENTS))
-
-    num_agents = factor.shape[-1]  # of which each has the team's value
-    flat = {name: x.reshape(-1) for name, x in fields.items()}
-    logits = np.asarray(params["learner"]).reshape(-1, NUM_ACTIONS)
-    value = np.repeat(value[..., 1].reshape(-1), num_agents)
-    expected = losses_by_hand(logits, value, flat, args, factor.reshape(-1))
-    np.testing.assert_allclose(loss, expected[0], rtol=1e-5)
-    by_logits = grads["learner"].reshape(-1, NUM_ACTIONS)
-    np.testing.assert_allclose(by_logits, expected[1], rtol=1e-4, atol=1e-7)
-    by_value = np.sum(expected[2].reshape(-1, num_agents), axis=1)
-    np.testing.assert_allclose(grads["critic"].reshape(-1), by_value, rtol=1e-4, atol=1e-7)
+        found = gradient_of(script.minibatch_loss)(params, args, *networks, mb)
+    expected = jax.value_and_grad(loss_by_hand)(params, fields, args, factor)
+    equal = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-7)
+    jax.tree.map(equal, found, expected)
 
 
 # -------------------- Networks with parameters ----------------------------------------------------
@@ -281,31 +273,23 @@ def iterated(request):
     """A script, its environment and networks, and of two iterations in a row the state before and
     after, rollout and metrics. Episodes begin and end inside the rollouts."""
     script = request.param
-    env = ScriptedEnv(script)
-    sizes = {"learner_hidden_dim": 4, "critic_hidden_dim": 4, "num_envs": 4, "num_steps": 8}
-    args = script.Args(**sizes, num_devices=1, num_minibatches=2, update_epochs=2)
-    networks = script.make_networks(args, env)
-    parts = (args, env, *networks)
+    args, env, *networks = make_parts(
+        script, ScriptedEnv(script), num_minibatches=2, update_epochs=2)
 
-    def twice(params_key, key):
-        def iterate(state, _):
-            _, rollout = script.collect(args, env, *networks, state)
-            after, metrics = script.train_iteration(*parts, state)
-            return after, (state, after, rollout, metrics)
+    def iterate(state):
+        _, rollout = script.collect(args, env, *networks, state)
+        after, metrics = script.train_iteration(args, env, *networks, state)
+        return state, after, rollout, metrics
 
-        start = script.init_state(*parts, params_key, key)
-        return jax.lax.scan(iterate, start, length=2)[1]
-
-    keys = jax.random.split(jax.random.PRNGKey(0))
-    program = jax.jit(jax.vmap(twice, axis_name="device"))
-    results = jax.tree.map(lambda x: np.asarray(x)[0], program(*keys[:, None]))
-    both = [jax.tree.map(lambda x: x[i], results) for i in range(2)]
-    return script, args, env, networks, both
+    program = jax.jit(on_one_device(iterate))
+    both = [program(first_state(script, (args, env, *networks)))]
+    both.append(program(both[0][1]))
+    return script, env, networks, jax.tree.map(np.asarray, both)
 
 
 def test_acting_is_training(iterated):
     """The whole rollout in one pass gives the log-probs and values noted while acting."""
-    script, _, _, (learner, critic), both = iterated
+    script, _, (learner, critic), both = iterated
 
     def log_prob_of(params, mb, *past):
         policy = learner.apply(params, mb.obs, *past)
@@ -334,7 +318,7 @@ def test_acting_is_training(iterated):
 @pytest.mark.parametrize("iterated", BASELINES[1:], indirect=True)  # those with memory
 def test_next_value_is_that_of_the_true_last_observation(iterated):
     """The value of what followed each action, also at a time limit, by a loop."""
-    script, _, env, (_, critic), both = iterated
+    script, env, (_, critic), both = iterated
     state, _, rollout, _ = both[1]
     hidden = state.hidden["critic"]
     tag, time = tags_and_times(rollout.obs)
@@ -425,15 +409,11 @@ def finished(environ, tmp_path_factory):
     """The folder of a tiny run of happo_rec.py, made in two parts: half, then --resume."""
     folder = tmp_path_factory.mktemp("runs")
 
-    def run(*flags):
-        command = [sys.executable, happo_rec.__file__, *flags]
-        done = subprocess.run(
-            command, cwd=folder, env=environ, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
-        (run_dir,) = (folder / "runs").glob("CoordSum*")
-        return run_dir
-
-    return run("--resume", str(run(*TINY)), "--total-timesteps", "128", "--num-evals", "2")
+    run_program(happo_rec.__file__, TINY, environ, folder)
+    run_dir = run_folder(folder / "runs")
+    flags = ["--resume", run_dir, "--total-timesteps", 128, "--num-evals", 2]
+    run_program(happo_rec.__file__, flags, environ)
+    return run_dir
 
 
 def test_run_and_resume(finished):
@@ -449,11 +429,7 @@ def test_run_and_resume(finished):
     assert (finished / "learning_curve.png").stat().st_size > 5000
 
 
-def read_rows(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def test_enjoy(finished, monkeypatch, capsys):
+def test_enjoy(finished, call):
     """The example plays the very episodes of the last evaluation; there is no guider."""
     options = enjoy.Options(finished, episodes=4, which="last", max_frames=4)
     script, env, act, make_hidden = enjoy.load_team(options)
@@ -463,23 +439,17 @@ def test_enjoy(finished, monkeypatch, capsys):
     states, _ = enjoy.play_episode(options, env, act, make_hidden)
     assert len(states) == 4
 
-    monkeypatch.setattr(sys, "argv", ["enjoy.py", str(finished), "--guider"])
-    with pytest.raises(SystemExit) as exit:
-        enjoy.main()
-    assert exit.value.code == 2
-    assert "--guider: happo_rec.py has none" in capsys.readouterr().err
+    status, _, err = call(enjoy, finished, "--guider")
+    assert status == 2 and "--guider: happo_rec.py has none" in err
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", BASELINES[:2])
-def test_smoke(script, monkeypatch, capsys, tmp_path):
+def test_smoke(script, call, monkeypatch, tmp_path):
     """One iteration from another folder than the repository's root: tasks.py is found."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *TINY])
-    assert script.main() == 0
-    (run_dir,) = (tmp_path / "runs").glob("CoordSum*")
-    assert read_rows(run_dir)[-1].keys() == KEYS
-    out = capsys.readouterr().out
+    status, out, _ = call(script, *TINY)
+    assert status == 0 and read_rows(run_folder(tmp_path / "runs"))[-1].keys() == KEYS
     assert out.startswith(f"{script.__name__}.py: 2 agents, 1 x cpu")
 
 
@@ -498,13 +468,10 @@ def test_flags(script):
 @pytest.mark.parametrize("flag, value", [
     ("--critic-hidden-dim", "0"), ("--num-minibatches", "3"), ("--ent-coef", "-1")])
 @for_each_baseline
-def test_bad_value(script, flag, value, monkeypatch, capsys, tmp_path):
+def test_bad_value(script, flag, value, call, monkeypatch, tmp_path):
     """An impossible value: exit status 2, one line that names flag and value, no folder."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", flag, value])
-    with pytest.raises(SystemExit) as end:
-        script.main()
-    out, err = capsys.readouterr()
-    assert (end.value.code, out, len(err.splitlines())) == (2, "", 1)
+    status, out, err = call(script, flag, value)
+    assert (status, out, len(err.splitlines())) == (2, "", 1)
     assert f"{flag} {value}" in err
     assert list(tmp_path.iterdir()) == []
