@@ -1,16 +1,13 @@
 """The pages: links, tables, names, and every command, snippet and change that they show."""
 
-import functools
 import importlib
 import importlib.util
 import itertools
-import json
 import math
 import os
 import pathlib
 import re
 import shlex
-import subprocess
 import sys
 import textwrap
 from types import SimpleNamespace
@@ -21,7 +18,14 @@ import pandas as pd
 import pytest
 import tyro
 import yaml
-from conftest import random_params
+from conftest import (
+    first_state,
+    on_one_device,
+    random_params,
+    read_rows,
+    run_folder,
+    run_program,
+)
 from PIL import Image
 
 import magpo_ff
@@ -152,7 +156,7 @@ def load(path, monkeypatch):
     return module
 
 
-def run_program(path, monkeypatch, *flags):
+def run_here(path, monkeypatch, *flags):
     """Runs a program of ours as `python PATH FLAGS`, in this process -> its exit status."""
     monkeypatch.setattr(sys, "argv", [path, *map(str, flags)])
     return load(ROOT / path, monkeypatch).main()
@@ -181,7 +185,7 @@ def test_training_commands_are_accepted(script, monkeypatch, capsys, tmp_path):
 def test_tables(monkeypatch, capsys):
     """The student fails with the KL of the code; with backtracking the learner does not."""
     for flags in commands_of("docs/tables.py"):
-        run_program("docs/tables.py", monkeypatch, *flags, "--games", 2)
+        run_here("docs/tables.py", monkeypatch, *flags, "--games", 2)
         found = re.findall(r"^(CTDS|MAGPO), (KL\S+ \|\| \S+) +([\d.]+) +([\d.]+)$",
                            capsys.readouterr().out, re.M)
         learner = {(name, direction): float(value) for name, direction, _, value in found}
@@ -204,7 +208,7 @@ def test_matching(monkeypatch, capsys):
 
     monkeypatch.setattr(test_ctds, "matching", matching)
     (flags,) = commands_of("docs/matching.py")
-    run_program("docs/matching.py", monkeypatch, *flags)
+    run_here("docs/matching.py", monkeypatch, *flags)
     assert [row.split() for row in capsys.readouterr().out.splitlines()[1:]] == [
         ["CTDS", "0.70", "0.60", "0.10", "0.60", "0.90"],
         ["MAGPO,", "delta", "1.1", "0.70", "0.60", "0.20", "0.60", "0.90"]]
@@ -218,7 +222,7 @@ def test_tether(monkeypatch, capsys, tmp_path):
     """The picture, and the point at which the double clip lets an outward gradient through."""
     printed = []
     for flags in commands_of("docs/tether.py"):
-        run_program("docs/tether.py", monkeypatch, *flags, "--out", tmp_path / "new" / "x.png")
+        run_here("docs/tether.py", monkeypatch, *flags, "--out", tmp_path / "new" / "x.png")
         assert is_picture(tmp_path / "new" / "x.png")
         numbers = re.findall(r"loss +(-?[\d.]+) +gradient +(-?[\d.]+)", capsys.readouterr().out)
         printed.append(np.array(numbers, float))
@@ -248,7 +252,7 @@ def test_saddle(monkeypatch, capsys, tmp_path):
     csv, out = tmp_path / "saddle.csv", tmp_path / "saddle.png"
     (flags,) = commands_of("docs/saddle.py")
     flags += [*tiny, "--every", 3, "--start-delta", 4, "--export", csv, "--out", out]
-    assert run_program("docs/saddle.py", monkeypatch, *flags) == 0
+    assert run_here("docs/saddle.py", monkeypatch, *flags) == 0
     frame = pd.read_csv(csv)
     assert sorted(frame["global_step"].unique()) == [0, 96, 128]
     assert set(frame["run"]) == {"seed 4, delta 4, then 1.1"}
@@ -260,7 +264,7 @@ def test_saddle(monkeypatch, capsys, tmp_path):
     out.unlink()
     other = tmp_path / "other.csv"
     frame.assign(run="another").to_csv(other)
-    assert run_program("docs/saddle.py", monkeypatch, csv, other, "--out", out) == 0
+    assert run_here("docs/saddle.py", monkeypatch, csv, other, "--out", out) == 0
     assert is_picture(out)
     figure1 = ROOT / "benchmark" / "results" / "figure1.csv"
     for bad, line in {
@@ -269,7 +273,7 @@ def test_saddle(monkeypatch, capsys, tmp_path):
         ("--start-delta", "0.5"): "--start-delta 0.5: must be above 1, or 0 for none",
         (figure1,): f"{figure1}: has no column run",
     }.items():
-        assert run_program("docs/saddle.py", monkeypatch, *bad, "--out", out) == 2
+        assert run_here("docs/saddle.py", monkeypatch, *bad, "--out", out) == 2
         assert capsys.readouterr().err == f"saddle.py: error: {line}\n"
 
 
@@ -301,7 +305,7 @@ def test_commands_of_the_benchmark(monkeypatch, capsys):
     """The sweep is listed, command by command; what is to be timed exists."""
     monkeypatch.chdir(ROOT)
     for flags in commands_of("benchmark/run.py"):
-        run_program("benchmark/run.py", monkeypatch, *flags, "--dry-run")
+        run_here("benchmark/run.py", monkeypatch, *flags, "--dry-run")
         assert capsys.readouterr().out.count("--exp-name delta_") == 25
     (flags,) = commands_of("benchmark/speed.py")
     speed = load(ROOT / "benchmark" / "speed.py", monkeypatch)
@@ -324,14 +328,14 @@ def test_heatmap(monkeypatch, capsys, tmp_path):
     (flags,) = commands_of("docs/heatmap.py")
     assert flags == ["benchmark/runs/heatmap"]
     out = ["--last", "1", "--out", tmp_path / "heatmap.png"]
-    assert run_program("docs/heatmap.py", monkeypatch, csv, *out) == 0
+    assert run_here("docs/heatmap.py", monkeypatch, csv, *out) == 0
     assert is_picture(tmp_path / "heatmap.png")
     printed = capsys.readouterr().out
     for row in ("1.1 | 0.0 | 11.5 | 30.0 | 18.5", "inf | 4.0 | 25.5 | 30.0 | 4.5"):
         assert f"| {row} |" in printed
 
     csv.write_text(csv.read_text().replace("delta_inf_lambda_4", "other"))
-    assert run_program("docs/heatmap.py", monkeypatch, csv, *out) == 2
+    assert run_here("docs/heatmap.py", monkeypatch, csv, *out) == 2
     error = capsys.readouterr().err
     assert error.startswith("heatmap.py: error: other: ") and error.count("\n") == 1
 
@@ -437,11 +441,8 @@ def test_schedules(script, monkeypatch, tmp_path):
 
     env = module.make_env(args.env_id, args.scenario)
     parts = (args, env, *module.make_networks(args, env))
-    keys = jax.random.split(jax.random.PRNGKey(0), (2, 1))
-    init = functools.partial(module.init_state, *parts)
-    iterate = jax.vmap(functools.partial(module.train_iteration, *parts), axis_name="device")
-    state = jax.eval_shape(jax.vmap(init), *keys)
-    assert jax.eval_shape(iterate, state)[0] == state
+    state = jax.eval_shape(lambda: first_state(module, parts))
+    assert jax.eval_shape(on_one_device(module.train_iteration, *parts), state)[0] == state
 
 
 @pytest.fixture(scope="module")
@@ -450,20 +451,16 @@ def changed_run(environ, tmp_path_factory):
     folder = tmp_path_factory.mktemp("changed")
     hunks = [hunk for hunks in guide_changes() for hunk in hunks]
     (folder / "magpo_changed.py").write_text(change("magpo_ff", hunks))
-    command = [sys.executable, folder / "magpo_changed.py", "--env-id", "examples.my_env:Meet-v0"]
-    command += [*TINY, "--delta", "1.01", "--learning-rate", "0.01", "--run-dir", folder / "runs"]
-    command += ["--total-timesteps", "640"]
+    flags = ["--env-id", "examples.my_env:Meet-v0", *TINY, "--run-dir", folder / "runs"]
+    flags += ["--delta", 1.01, "--learning-rate", 0.01, "--total-timesteps", 640]
     environ = environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=environ, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    (run,) = (path for path in (folder / "runs").iterdir() if path.name[0] != ".")
-    return run
+    run_program(folder / "magpo_changed.py", flags, environ, ROOT)
+    return run_folder(folder / "runs")
 
 
 def test_changed_tether_shortens_in_a_run(changed_run):
     """Hardly anything is outside of it in the first half, and in the second much is."""
-    rows = [json.loads(line) for line in (changed_run / "metrics.jsonl").read_text().splitlines()]
-    _, early, late = (row.get("losses/delta_clipfrac") for row in rows)
+    _, early, late = (row.get("losses/delta_clipfrac") for row in read_rows(changed_run))
     assert early < 0.01 < 0.05 < late
 
 
@@ -473,14 +470,14 @@ def test_backtracking(changed_run, monkeypatch, capsys, tmp_path):
     assert flags == ["runs/RUN_FOLDER"]
     more = ["--out", tmp_path / "x.png"]
     export = ["--export", tmp_path / "x.csv"]
-    assert run_program("docs/backtracking.py", monkeypatch, changed_run, *more, *export) == 0
+    assert run_here("docs/backtracking.py", monkeypatch, changed_run, *more, *export) == 0
     assert is_picture(tmp_path / "x.png")
     out = capsys.readouterr().out
     assert re.search(r"at the end: outside of the tether \d+\.\d%, KL \S+, gap -?\d+\.\d\d\n", out)
     (tmp_path / "x.png").unlink()
-    assert run_program("docs/backtracking.py", monkeypatch, tmp_path / "x.csv", *more) == 0
+    assert run_here("docs/backtracking.py", monkeypatch, tmp_path / "x.csv", *more) == 0
     assert is_picture(tmp_path / "x.png")
     assert capsys.readouterr().out == out
-    assert run_program("docs/backtracking.py", monkeypatch, tmp_path, *more) == 2
+    assert run_here("docs/backtracking.py", monkeypatch, tmp_path, *more) == 2
     error = capsys.readouterr().err
     assert error.startswith("backtracking.py: error: ") and error.count("\n") == 1
