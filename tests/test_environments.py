@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import jumanji
 import numpy as np
 import pytest
-from conftest import has_memory, scripts_with
+from conftest import first_state, has_memory, make_parts, on_one_device, scripts_with
 from jax.extend import core
 from jumanji import specs
 from jumanji.env import Environment
@@ -351,12 +351,9 @@ TRAINING = scripts_with("train_iteration", "init_state", "make_networks")
 
 def tiny_iteration(script, env):
     """The training iteration of a script on tiny sizes, on one device, and its state's shapes."""
-    args = script.Args(num_envs=4, num_devices=1, num_steps=5, num_minibatches=2, update_epochs=1,
-                       embed_dim=4, total_timesteps=40, learner_hidden_dim=4)
-    parts = (args, env, *script.make_networks(args, env))
-    init = functools.partial(script.init_state, *parts, jax.random.PRNGKey(0))
-    state = jax.eval_shape(jax.vmap(init), jax.random.split(jax.random.PRNGKey(1), 1))
-    return jax.vmap(lambda state: script.train_iteration(*parts, state), axis_name="device"), state
+    parts = make_parts(script, env, num_steps=5, num_minibatches=2, update_epochs=1)
+    state = jax.eval_shape(lambda: first_state(script, parts))
+    return on_one_device(script.train_iteration, *parts), state
 
 
 @pytest.mark.parametrize("script", TRAINING)
