@@ -361,7 +361,7 @@ def test_steps_by_hand(script):
     np.testing.assert_allclose(steps[1]["guider"], 0.5 * mean / math.sqrt(square), rtol=1e-4)
 
 
-# -------------------- The team's discount ----------------------------------------------
+# -------------------- The team's discount ---------------------------------------------------------
 @pytest.mark.parametrize("last, discounts, expected", [
     (True, [0.0, 0.0], 0.0), (True, [0.0, 1.0], 1.0), (True, [1.0, 0.0], 1.0),
     (True, [1.0, 1.0], 1.0), (False, [0.0, 0.0], 1.0), (False, [0.0, 1.0], 1.0),
