@@ -484,7 +484,8 @@ def test_same_seed_same_parameters(iteration):
 @pytest.mark.parametrize("script", scripts_with("train_iteration", "minibatch_loss"))
 def test_minibatches(script, monkeypatch):
     """Each epoch is a permutation of all samples, or with memory of all sequences, and epochs
-    differ; targets have mean 0 and std 1; a loss is the mean over all minibatches, the first ratio that of the first."""
+    differ. Targets have mean 0 and std 1. A loss is the mean over all minibatches, the first ratio
+    that of the first."""
     flags = {"num_steps": 4, "num_minibatches": 2, "update_epochs": 3}
     parts, seen = make_parts(script, ScriptedEnv(script), **flags), []
 

@@ -461,8 +461,8 @@ def test_flags(script):
     own = {field.name for field in dataclasses.fields(script.Args)}
     magpo = {field.name for field in dataclasses.fields(magpo_ff.Args)}
     assert own - magpo == {"critic_hidden_dim"}
-    guiders = {"guider", "embed_dim", "num_heads", "num_blocks", "delta", "learner_rl_coef"}
-    assert magpo - own == guiders
+    guiders = {"guider", "embed_dim", "num_heads", "num_blocks", "guider_mlp"}
+    assert magpo - own == guiders | {"delta", "learner_rl_coef"}
 
 
 @pytest.mark.parametrize("flag, value", [
