@@ -36,7 +36,7 @@ import tasks_table  # noqa: E402
 import tasks  # noqa: E402
 
 NAMES = """ablation coordsum coordsum_rec defaults figure1 heatmap memory paper rware rware_rec
-    guider saddle_seeds smax suites suites_ff""".split()
+    guider saddle_seeds smax suites suites_ff tuning""".split()
 FILES = [os.path.join(ROOT, "benchmark", f"{name}.txt") for name in NAMES]
 
 # Writes the steps that a training script writes, without training. --sleep is in seconds.
