@@ -11,9 +11,8 @@ Two policies are trained together, for a team of N agents of which each sees a p
 - the learner pi is decentralized: each agent decides alone, from what it has seen itself so far,
   h_j, so pi(a | h) = prod_j pi(a_j | h_j). It follows the guider, and is what gets deployed.
 
-A guider that is left alone finds strategies that no learner can follow. So it is kept on a tether
-of length delta: for the actions taken, mu / pi should stay within [1 / delta, delta]. An iteration
-has four steps:
+A guider left alone finds strategies that no learner can follow. So it is tethered: for the actions
+taken, mu / pi should stay within [1 / delta, delta]. An iteration has four steps:
 
     1. collect    the guider plays a rollout                           `collect`
     2. improve    the guider by PPO, its ratio clipped twice           `double_clip`, `ppo_loss`
@@ -309,8 +308,7 @@ class Mlp(nn.Module):
         dense = partial(Dense, x.shape[-1])
         up = dense(name="up")(x)
         hidden = nn.gelu(up) if self.kind == "mat" else nn.swish(up) * dense(name="gate")(x)
-        # D18: the official SwiGLU starts at zero, in all its matrices, and so stays there: no MLP.
-        out = dense(kernel_init=orthogonal(0.01), name="down")(hidden)
+        out = dense(kernel_init=orthogonal(0.01), name="down")(hidden)  # D18: official Sable: zeros
         return NORM[self.kind](name="norm")(x + out)
 
 
@@ -347,8 +345,8 @@ class Guider(nn.Module):
     def setup(self):
         norm = NORM[self.kind]
         dense = partial(Dense, self.embed_dim)
-        memory = (self.decay_scaling_factor, self.chunk_steps)
-        mixer = partial(Mixer, self.kind, self.num_heads, *memory)
+        mixer = partial(
+            Mixer, self.kind, self.num_heads, self.decay_scaling_factor, self.chunk_steps)
         mlp = partial(Mlp, self.kind) if self.has_mlp else norm
 
         def embed(*first):
@@ -818,10 +816,13 @@ def load_checkpoint(path, like):
 def open_run(args):
     """Makes the run's folder, with args.json in it, and begins tracking -> folder, W&B's run."""
     name = f"{args.env_id}__{args.scenario}__{args.exp_name}__{args.seed}".replace(":", "_")
-    now = multihost_utils.broadcast_one_to_all(int(time.time()))
+    now = int(time.time())
+    while Path(args.run_dir, f"{name}__{now}").exists():  # another run began in the same second
+        now += 1
+    now = multihost_utils.broadcast_one_to_all(now)
     folder = Path(args.resume or f"{args.run_dir}/{name}__{now}")
     versions = {name: importlib.metadata.version(name) for name in ("jax", "jumanji")}
-    about = {"script": SCRIPT, "args": vars(args), "command": sys.argv, "versions": versions}
+    about = {"script": SCRIPT, "args": vars(args), "versions": versions}
     tracker = None
     if args.track and jax.process_index() == 0:
         import wandb
@@ -886,12 +887,11 @@ def parse_args():
         return args
     try:
         about = json.loads(Path(args.resume, "args.json").read_text())
+        assert about["script"] == SCRIPT, f"it is one of {about['script']}"
         here = {"resume": args.resume, "run_dir": str(Path(args.resume).parent)}
         of_the_run = Args(**about["args"] | here)
-    except Exception as error:  # whatever it may be, it is no run's folder
-        refuse(f"--resume {args.resume}: is no run's folder: {error}")
-    if about["script"] != SCRIPT:
-        refuse(f"--resume {args.resume}: is a run of {about['script']}")
+    except Exception as error:
+        refuse(f"--resume {args.resume}: is no run of {SCRIPT}: {error}")
     args = tyro.cli(Args, default=of_the_run)
     may_change = "total_timesteps num_evals eval_episodes eval_greedy track dry_run".split()
     for name, value in vars(of_the_run).items():

@@ -654,10 +654,13 @@ def load_checkpoint(path, like):
 def open_run(args):
     """Makes the run's folder, with args.json in it, and begins tracking -> folder, W&B's run."""
     name = f"{args.env_id}__{args.scenario}__{args.exp_name}__{args.seed}".replace(":", "_")
-    now = multihost_utils.broadcast_one_to_all(int(time.time()))
+    now = int(time.time())
+    while Path(args.run_dir, f"{name}__{now}").exists():  # another run began in the same second
+        now += 1
+    now = multihost_utils.broadcast_one_to_all(now)
     folder = Path(args.resume or f"{args.run_dir}/{name}__{now}")
     versions = {name: importlib.metadata.version(name) for name in ("jax", "jumanji")}
-    about = {"script": SCRIPT, "args": vars(args), "command": sys.argv, "versions": versions}
+    about = {"script": SCRIPT, "args": vars(args), "versions": versions}
     tracker = None
     if args.track and jax.process_index() == 0:
         import wandb
@@ -721,12 +724,11 @@ def parse_args():
         return args
     try:
         about = json.loads(Path(args.resume, "args.json").read_text())
+        assert about["script"] == SCRIPT, f"it is one of {about['script']}"
         here = {"resume": args.resume, "run_dir": str(Path(args.resume).parent)}
         of_the_run = Args(**about["args"] | here)
-    except Exception as error:  # whatever it may be, it is no run's folder
-        refuse(f"--resume {args.resume}: is no run's folder: {error}")
-    if about["script"] != SCRIPT:
-        refuse(f"--resume {args.resume}: is a run of {about['script']}")
+    except Exception as error:
+        refuse(f"--resume {args.resume}: is no run of {SCRIPT}: {error}")
     args = tyro.cli(Args, default=of_the_run)
     may_change = "total_timesteps num_evals eval_episodes eval_greedy track dry_run".split()
     for name, value in vars(of_the_run).items():
