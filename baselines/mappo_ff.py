@@ -94,7 +94,7 @@ class Args:  # tyro shows the comment behind a flag as its help; [in brackets]: 
     gae_lambda: float = 0.95  # lambda of generalised advantage estimation
     clip_coef: float = 0.2  # epsilon: PPO's clip of the probability ratio [clip_eps]
     ent_coef: float = 0.01  # weight of the learner's entropy bonus
-    vf_coef: float = 0.5  # weight of the value loss
+    vf_coef: float = 1.0  # weight of the value loss
     # The networks
     learner_hidden_dim: int = 128  # width of the learner's two hidden layers
     critic_hidden_dim: int = 128  # width of the critic's hidden layers, as many as the learner's
