@@ -122,17 +122,15 @@ def test_every_flag_is_read(script):
     assert [name for name in fields if not re.search(rf"\bargs\.{name}\b", source)] == []
 
 
-@pytest.mark.parametrize("flags, task", [
-    ("--num-evals 1", "CoordSum-v0 -, 3 agents"),
-    ("--env-id LevelBasedForaging-v0 --scenario 8x8-2p-2f-coop",
-     "LevelBasedForaging-v0 8x8-2p-2f-coop, 2 agents")])
+@pytest.mark.parametrize("flags, num_agents", [
+    ("--num-evals 1", 3), ("--env-id LevelBasedForaging-v0 --scenario 8x8-2p-2f-coop", 2)])
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_dry_run(script, flags, task, call, monkeypatch, tmp_path):
-    """--dry-run says what would run; it compiles nothing, makes no folder, trains nothing."""
+def test_dry_run(script, flags, num_agents, call, monkeypatch, tmp_path):
+    """--dry-run says how many agents there are; it compiles nothing, makes no folder, trains nothing."""
     monkeypatch.setattr(jax, "pmap", lambda *_, **__: pytest.fail("a device program was made"))
     status, out, err = call(script, "--dry-run", *flags.split())
     assert (status, err, len(out.splitlines())) == (0, "", 1)
-    assert task in out
+    assert f"py: {num_agents} agents, 1 x cpu" in out
     assert list(tmp_path.iterdir()) == []
 
 
