@@ -76,7 +76,7 @@ class Args:  # tyro shows the comment behind a flag as its help; [in brackets]: 
     num_devices: int = 0  # devices to train on; 0: all there are, as always with --distributed
     distributed: bool = False  # this process is one of several, see docs/usage.md
     resume: str = ""  # go on with the run in this folder, with its own flags
-    dry_run: bool = False  # check all flags, trace a step of the environment, and stop
+    dry_run: bool = False  # check all flags and the environment, and stop
     track: bool = False  # log to Weights & Biases too (WANDB_MODE=offline needs no account)
     wandb_project_name: str = "magpo"  # Weights & Biases project; WANDB_ENTITY is the team
     # The environment

@@ -19,8 +19,8 @@ taken, mu / pi should stay within [1 / delta, delta]. An iteration has four step
     3. follow     the learner: KL(mu || pi) + lambda * its PPO loss    `minibatch_loss`
     4. backtrack  the guider by a KL, where it is beyond the tether    `minibatch_loss`
 
-Steps 2 to 4 are one gradient step on each minibatch. No parameter is ever copied: the double clip
-stops the gradient that would take the guider further out, and where it is out the KL pulls it back.
+Steps 2 to 4 are one gradient step on each minibatch. To backtrack, no parameter is copied: the
+double clip stops the PPO gradient that leads further out, and outside the KL pulls the guider back.
 
 Shapes in comments: T steps of a rollout, B environments on a device, M samples of a minibatch, N
 agents, A actions, O features of an observation, E width of the guider, H heads, D devices, .. any
@@ -72,7 +72,7 @@ class Args:  # tyro shows the comment behind a flag as its help; [in brackets]: 
     num_devices: int = 0  # devices to train on; 0: all there are, as always with --distributed
     distributed: bool = False  # this process is one of several, see docs/usage.md
     resume: str = ""  # go on with the run in this folder, with its own flags
-    dry_run: bool = False  # check all flags, trace a step of the environment, and stop
+    dry_run: bool = False  # check all flags and the environment, and stop
     track: bool = False  # log to Weights & Biases too (WANDB_MODE=offline needs no account)
     wandb_project_name: str = "magpo"  # Weights & Biases project; WANDB_ENTITY is the team
     # The environment
@@ -455,8 +455,8 @@ def minibatch_loss(params, args, guider, learner, mb):
     value_loss = 0.5 * jnp.mean(jnp.square(value - mb.target))
     loss = guider_policy_loss - args.ent_coef * guider_entropy + args.vf_coef * value_loss
 
-    # STEP 3/4: the learner follows. Theorem 4.1 has KL(pi || mu), which picks one solution; this,
-    # as in the official code, averages solutions, and leaves it to the tether to part them.
+    # STEP 3/4: the learner follows. Theorem 4.1 has KL(pi || mu), which picks one mode of mu; this,
+    # as in the official code, covers all modes, unless the tether has mu choose one.
     learner_kl = jnp.mean(lax.stop_gradient(guider_policy).kl_divergence(learner_policy))
     learner_ratio = jnp.exp(learner_log_prob - mb.behaviour_log_prob)
     clipped_ratio = jnp.clip(learner_ratio, 1 - args.clip_coef, 1 + args.clip_coef)

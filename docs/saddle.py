@@ -6,8 +6,8 @@ r"""Where a short tether can hold MAGPO: the policies of a run on a symmetric sa
         --start-delta 4 --export benchmark/results/saddle_freed.csv
     python docs/saddle.py benchmark/results/saddle.csv benchmark/results/saddle_freed.csv
 
-Trains magpo_ff.py on CoordSum `3x10=10` with delta 1.1, lambda 4 and the mat guider, and after every
-few iterations writes down all that there is to know of both policies. The target never changes and
+Trains magpo_ff.py on CoordSum `3x10=10` with delta 1.1, lambda 4 and the mat guider; after every
+few iterations it writes down all there is to know of both policies. The target never changes and
 nothing else is seen, so that the learner is a table of three agents and ten digits, and the guider
 one of the thousand triples. Other flags are those of magpo_ff.py; those of saving, logging and
 evaluation change nothing here. Named CSV files, which --export has written, are drawn in place of a

@@ -126,7 +126,7 @@ def test_every_flag_is_read(script):
     ("--num-evals 1", 3), ("--env-id LevelBasedForaging-v0 --scenario 8x8-2p-2f-coop", 2)])
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_dry_run(script, flags, num_agents, call, monkeypatch, tmp_path):
-    """--dry-run says how many agents there are; it compiles nothing, makes no folder, trains nothing."""
+    """--dry-run says how many agents there are; it compiles, makes and trains nothing."""
     monkeypatch.setattr(jax, "pmap", lambda *_, **__: pytest.fail("a device program was made"))
     status, out, err = call(script, "--dry-run", *flags.split())
     assert (status, err, len(out.splitlines())) == (0, "", 1)
