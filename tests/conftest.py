@@ -64,6 +64,11 @@ def scripts_with(*names, feed_forward=False, distinct=False):
     return [pytest.param(module, id=module.__name__) for module in modules]
 
 
+def slow(parameters):
+    """The same pytest parameters, left out by default."""
+    return [pytest.param(*x.values, id=x.id, marks=pytest.mark.slow) for x in parameters]
+
+
 @pytest.fixture(scope="module")
 def double_precision():
     """Everything in float64, so that a difference is an error and no rounding.

@@ -406,10 +406,11 @@ def iteration(request):
     parts = make_parts(script, ScriptedEnv(script), num_envs=NUM_ENVS, **flags)
     collect = collector(script, parts)
     iterate = jax.jit(on_one_device(script.train_iteration, *parts))
+    init = jax.jit(functools.partial(script.init_state, *parts))
 
     @functools.cache
     def run(seed, repetition=0, iteration=0):
-        before = first_state(script, parts, seed)
+        before = init(*jax.random.split(jax.random.PRNGKey(seed)))
         noise = random_like(0, before.params, 0.3)  # so that values differ
         params = jax.tree.map(jnp.add, before.params, noise)
         before = before._replace(iteration=jnp.int32(iteration), params=params, value_scale=SCALE)
@@ -481,7 +482,7 @@ def test_same_seed_same_parameters(iteration):
         assert not any(np.array_equal(x, y) for x, y in pairs if x.ndim > 1)
 
 
-@pytest.mark.parametrize("script", scripts_with("train_iteration", "minibatch_loss"))
+@pytest.mark.parametrize("script", scripts_with("train_iteration", "collect", distinct=True))
 def test_minibatches(script, monkeypatch):
     """Each epoch is a permutation of all samples, or with memory of all sequences, and epochs
     differ. Targets have mean 0 and std 1. A loss is the mean over all minibatches, the first ratio
@@ -570,7 +571,7 @@ def program_size(script, scenario, **flags):
 
 
 @pytest.mark.parametrize("kind", ["sable", "mat"])
-@pytest.mark.parametrize("script", scripts_with("train_iteration", "Mixer", distinct=True))
+@pytest.mark.parametrize("script", scripts_with("train_iteration", "Mixer", distinct=True)[:1])
 def test_program_does_not_grow(script, kind):
     """The program of an iteration is as long for 16 steps, 6 agents and 3 epochs as for 4, 2 and
     1."""

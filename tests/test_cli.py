@@ -13,7 +13,7 @@ import types
 
 import jax
 import pytest
-from conftest import has_memory, read_rows, run_folder, run_program, scripts_with
+from conftest import has_memory, read_rows, run_folder, run_program, scripts_with, slow
 
 ROOT = pathlib.Path(__file__).parent.parent
 SCRIPTS = scripts_with("Args", "main")
@@ -167,7 +167,7 @@ def check_png(path):
     assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and path.stat().st_size > 5000
 
 
-@pytest.fixture(scope="module", params=SCRIPTS)
+@pytest.fixture(scope="module", params=SCRIPTS[:1] + slow(SCRIPTS[1:]))
 def smoke(request, environ, tmp_path_factory):
     """Script, finished process, folder and rows of a tiny run of each script."""
     folder, script = tmp_path_factory.mktemp("smoke"), request.param
@@ -280,7 +280,9 @@ def test_surroundings_that_do_not_work(variables, flags, text, environ, tmp_path
 
 
 @pytest.mark.parametrize("env_id, scenario", [
-    ("RobotWarehouse-v0", ""), ("Connector-v3", "con-5x5x3a"), ("SMAX", "2s3z")])
+    ("RobotWarehouse-v0", ""),
+    pytest.param("Connector-v3", "con-5x5x3a", marks=pytest.mark.slow),
+    pytest.param("SMAX", "2s3z", marks=pytest.mark.slow)])
 def test_double_precision_is_ignored(env_id, scenario, environ):
     """JAX_ENABLE_X64=1, of which some environments know nothing, changes nothing."""
     flags = ["--dry-run", "--env-id", env_id, "--scenario", scenario]

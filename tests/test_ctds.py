@@ -103,6 +103,7 @@ def matching(script, num_seeds=NUM_SEEDS, **flags):
     return np.asarray(jax.vmap(joint)(params["guider"])), np.asarray(success(learner_probs))
 
 
+@pytest.mark.slow
 def test_matching_game():
     """The student cannot follow a teacher that mixes; MAGPO's guider and learner settle on one
     solution together.

@@ -54,6 +54,7 @@ def one(environ, tmp_path_factory):
     return run_folder(run_dir)
 
 
+@pytest.mark.slow
 def test_two_processes_are_one(one, environ, tmp_path):
     """The same losses and returns up to the order of a sum; one folder, logged by one."""
     flags = [*FLAGS, *BUDGET, "--run-dir", str(tmp_path)]
@@ -91,6 +92,7 @@ def test_two_processes_stop_and_go_on(one, environ, tmp_path):
     assert len(list(folder.glob("checkpoint_*"))) == 2
 
 
+@pytest.mark.slow
 def test_a_lost_process_ends_the_other(environ, tmp_path):
     """It ends with a message and a status, not with a hang."""
     flags = [*FLAGS, "--total-timesteps", "64000000", "--run-dir", str(tmp_path)]

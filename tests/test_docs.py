@@ -246,6 +246,7 @@ def test_tether_draws_the_functions_of_the_script(monkeypatch):
     assert np.all(slope[outside] > 0)
 
 
+@pytest.mark.slow
 def test_saddle(monkeypatch, capsys, tmp_path):
     """A run's policies add up to 1, and its CSV file is drawn again."""
     tiny = TINY[: TINY.index("--eval-episodes")] + TINY[TINY.index("--embed-dim") :]
@@ -458,12 +459,14 @@ def changed_run(environ, tmp_path_factory):
     return run_folder(folder / "runs")
 
 
+@pytest.mark.slow
 def test_changed_tether_shortens_in_a_run(changed_run):
     """Hardly anything is outside of it in the first half, and in the second much is."""
     _, early, late = (row.get("losses/delta_clipfrac") for row in read_rows(changed_run))
     assert early < 0.01 < 0.05 < late
 
 
+@pytest.mark.slow
 def test_backtracking(changed_run, monkeypatch, capsys, tmp_path):
     """The picture of a run, and one line about a folder that is none."""
     (flags,) = commands_of("docs/backtracking.py")

@@ -8,6 +8,8 @@ import pytest
 import safetensors.numpy
 from conftest import CLOCKS, read_rows, run_program
 
+from examples import seeds
+
 ROOT = pathlib.Path(__file__).parent.parent
 FLAGS = """--env-id CoordSum-v0 --scenario 2x3-4 --num-envs 4 --num-steps 8 --eval-episodes 4
            --embed-dim 8 --learner-hidden-dim 8 --update-epochs 1 --total-timesteps 96
@@ -19,9 +21,8 @@ def run(program, flags, folder, environ):
     return {path.name.split("__")[3]: path for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize(
-    "script", ["magpo_ff.py", pytest.param("magpo_rec.py", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["magpo_ff.py", "magpo_rec.py"])
 def test_seeds_side_by_side(script, environ, tmp_path):
     """The rows and networks of a seed are those of a run alone, up to rounding; seeds differ."""
     together = ["--script", script, "--seeds", "1", "2"]
@@ -72,10 +73,8 @@ def test_not_finite(environ, tmp_path):
     ("--track", "--track"), ("--num-devices 2", "--num-devices"), ("--seed 2", "--seed:"),
     ("--seeds", "--seeds"), ("--seeds 1 -2", "--seed -2"),
 ])
-def test_flag_errors(flags, names, environ, tmp_path):
+def test_flag_errors(flags, names, call, tmp_path):
     """One line that names flag and value, status 2."""
-    flags = [*flags.split(), "--run-dir", "runs"]
-    done = run_program(ROOT / "examples/seeds.py", flags, environ, tmp_path, succeeds=False)
-    assert done.returncode == 2 and done.stdout == ""
-    assert len(done.stderr.splitlines()) == 1 and names in done.stderr
-    assert list(tmp_path.iterdir()) == []
+    status, out, err = call(seeds, *flags.split(), "--run-dir", tmp_path / "runs")
+    assert (status, out, len(err.splitlines())) == (2, "", 1)
+    assert names in err and list(tmp_path.iterdir()) == []
