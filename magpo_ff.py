@@ -24,7 +24,7 @@ double clip stops the PPO gradient that leads further out, and outside the KL pu
 
 Shapes in comments: T steps of a rollout, B environments on a device, M samples of a minibatch, N
 agents, A actions, O features of an observation, E width of the guider, H heads, D devices, .. any
-axes. D with a number (D1, D2, ..) is a detail that the README compares with the official code.
+axes. D with a number (D1, D2, ..) is a detail that docs/details.md compares with the official code.
 What has nothing to do with MAGPO comes last: saving, logging, starting and the outer loop.
 """
 import collections

@@ -29,7 +29,7 @@ whose first hidden states are a little stale after the first gradient step, as i
 Shapes in comments: T steps of a rollout, B environments on a device, M sequences of a minibatch, N
 agents, A actions, O features of an observation, E width of the guider, H heads, C steps of a chunk,
 K chunks of a rollout, F width of the learner, D devices, .. any axes. D with a number (D1, D2, ..)
-is a detail that the README compares with the official code.
+is a detail that docs/details.md compares with the official code.
 What has nothing to do with MAGPO comes last: saving, logging, starting and the outer loop.
 """
 import collections

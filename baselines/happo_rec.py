@@ -36,7 +36,7 @@ baselines/happo_rec.py` shows it. The other baselines: README.md in this folder.
 Shapes in comments: T steps of a rollout, B environments on a device, M sequences of a minibatch, N
 agents, A actions, O features of an observation, F width of a hidden state, D devices, .. any
 axes. Parameters are stacked: (N, ..).
-D with a number (D1, D2, ..) is a detail that the README compares with the official code.
+D with a number (D1, D2, ..) is a detail that docs/details.md compares with the official code.
 What has nothing to do with MAPPO comes last: saving, logging, starting and the outer loop.
 """
 import collections

@@ -22,7 +22,7 @@ Memory: learner and critic have a GRU each, and minibatches hold whole rollouts.
 
 Shapes in comments: T steps of a rollout, B environments on a device, M sequences of a minibatch, N
 agents, A actions, O features of an observation, F width of a hidden state, D devices, .. any
-axes. D with a number (D1, D2, ..) is a detail that the README compares with the official code.
+axes. D with a number (D1, D2, ..) is a detail that docs/details.md compares with the official code.
 What has nothing to do with MAPPO comes last: saving, logging, starting and the outer loop.
 """
 import collections

@@ -27,8 +27,8 @@ import numpy as np
 import pytest
 
 # Files that take minutes come first, so that no worker is left with one of them at the end.
-LONGEST_FIRST = """test_resume test_cli test_algorithm test_memory test_baselines test_environments
-    test_tasks test_devices test_distributed test_examples test_networks""".split()
+LONGEST_FIRST = """test_algorithm test_baselines test_resume test_cli test_benchmark test_memory
+    test_environments test_tasks test_examples test_docs test_devices test_ctds""".split()
 # MAGPO_SCRIPTS=my_algo aims the tests at a copy of a script (names with commas between).
 NAMED = os.environ.get("MAGPO_SCRIPTS", "").replace(",", " ").split()
 SCRIPTS = NAMED or ["magpo_ff", "ctds_ff", "magpo_rec"]

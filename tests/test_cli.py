@@ -280,9 +280,7 @@ def test_surroundings_that_do_not_work(variables, flags, text, environ, tmp_path
 
 
 @pytest.mark.parametrize("env_id, scenario", [
-    ("RobotWarehouse-v0", ""),
-    pytest.param("Connector-v3", "con-5x5x3a", marks=pytest.mark.slow),
-    pytest.param("SMAX", "2s3z", marks=pytest.mark.slow)])
+    ("RobotWarehouse-v0", ""), *slow([pytest.param("SMAX", "2s3z")])])
 def test_double_precision_is_ignored(env_id, scenario, environ):
     """JAX_ENABLE_X64=1, of which some environments know nothing, changes nothing."""
     flags = ["--dry-run", "--env-id", env_id, "--scenario", scenario]

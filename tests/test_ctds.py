@@ -108,12 +108,9 @@ def test_matching_game():
     """The student cannot follow a teacher that mixes; MAGPO's guider and learner settle on one
     solution together.
 
-    Seen over ten seeds (docs/matching.py): CTDS's student 0.50 to 0.51 with each; MAGPO's learner
-    0.50 with one, which has not left the symmetric start yet, and 0.85 to 0.96 with the others. The
-    test takes the first six.
-
-    It takes a teacher that stays mixed, for which the weight of the entropy bonus was chosen: with
-    a small one most teachers settle on one solution by themselves, and the students follow.
+    Ten seeds (docs/matching.py): CTDS's student 0.50 to 0.51; MAGPO's learner 0.50 with one, which
+    has not left the symmetric start yet, 0.85 to 0.96 with the others. The entropy bonus keeps the
+    teacher mixed; with a small one most settle on one solution, and the students follow.
     """
     teacher, student = matching(ctds_ff)
     guider, learner = matching(magpo_ff, delta=1.1, learner_rl_coef=4.0)

@@ -16,7 +16,7 @@ import pytest
 from conftest import make_guider, random_minibatch, scripts_with
 
 GRADIENT = scripts_with("minibatch_loss", "Transition", "Guider")[:1]
-TRAINING = scripts_with("init_state", "collect", "train_iteration", distinct=True)
+TRAINING = scripts_with("init_state", "collect", "train_iteration")[:1]
 LOOP = scripts_with("train", "train_iteration", "evaluate")
 
 

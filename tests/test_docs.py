@@ -94,10 +94,18 @@ def test_tables_have_as_many_cells_in_each_row(page):
         assert re.fullmatch(r"[ |:-]+", rows[1]), rows[0]
 
 
-@pytest.mark.parametrize("page, most", [(ROOT / "README.md", 200), (GUIDE, 150)],
-                         ids=["README.md", "reading_group.md"])
-def test_length(page, most):
-    assert len(page.read_text().splitlines()) <= most
+@pytest.mark.parametrize("page, lines, characters", [
+    (ROOT / "README.md", 140, 12_000), (GUIDE, 150, 16_000)], ids=["README.md", "reading_group.md"])
+def test_length(page, lines, characters):
+    text = page.read_text()
+    assert len(text.splitlines()) <= lines and len(text) <= characters
+
+
+def test_paragraphs_are_short():
+    """The README's paragraphs have at most 500 characters, without the addresses of links."""
+    text = re.sub(r"\]\([^)]*\)", "]", re.sub(r"```.*?```", "", PAGES[0].read_text(), flags=re.S))
+    paragraphs = [x for x in text.split("\n\n") if not x.strip().startswith(("|", "$$"))]
+    assert max(map(len, paragraphs)) <= 500, max(paragraphs, key=len)
 
 
 @pytest.mark.parametrize("page", [GUIDE, USAGE], ids=lambda page: page.name)

@@ -11,15 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import (
-    has_memory,
-    random_obs,
-    read_rows,
-    run_folder,
-    run_program,
-    scripts_with,
-    slow,
-)
+from conftest import has_memory, random_obs, read_rows, run_folder, run_program, scripts_with
 from flax.traverse_util import flatten_dict
 from PIL import Image
 from safetensors.numpy import save_file
@@ -27,8 +19,7 @@ from safetensors.numpy import save_file
 from examples import enjoy, use_learner
 
 ROOT = pathlib.Path(__file__).parent.parent
-SCRIPTS = scripts_with("Learner", "main", feed_forward=True)[:1]
-SCRIPTS += slow(scripts_with("init_hidden"))
+SCRIPTS = scripts_with("Learner", "main", feed_forward=True)[:1] + scripts_with("init_hidden")
 TINY = """--env-id CoordSum-v0 --scenario 2x3-4 --num-envs 4 --num-steps 8 --eval-episodes 4
           --embed-dim 8 --learner-hidden-dim 8 --update-epochs 1 --guider mat
           --total-timesteps 64 --num-evals 1""".split()

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
-from conftest import CLOCKS, read_rows, run_folder, run_program, scripts_with
+from conftest import CLOCKS, read_rows, run_folder, run_program, scripts_with, slow
 
 SCRIPTS = scripts_with("Args", "main", "load_checkpoint")
 SCRIPT = SCRIPTS[0].values[0]  # saving is the same text in all scripts, see test_shape.test_twins
@@ -23,6 +23,7 @@ TINY = """--env-id CoordSum-v0 --scenario 2x3-4 --num-envs 4 --num-steps 8 --eva
 BUDGET = ["--total-timesteps", "640", "--num-evals", "4"]  # an evaluation after every 160 steps
 HALF = ["--total-timesteps", "320", "--num-evals", "2"]
 LONG = ["--total-timesteps", "20000", "--num-evals", "5"]
+SIGNALS = ["SIGTERM", *slow(map(pytest.param, ["SIGINT", "SIGHUP", "SIGUSR1"]))]
 NETWORKS = ["learner", "guider", "best_learner", "best_guider"]
 
 
@@ -55,10 +56,8 @@ def whole(environ, tmp_path_factory):
     return make
 
 
-CASES = [(SCRIPT, 2)] + [(script.values[0], 1) for script in SCRIPTS] + [(SCRIPTS[-1].values[0], 2)]
-DEVICES = [  # on one device SIGTERM and SIGKILL below are gone on from to the bit, too
-    pytest.param(*case, marks=pytest.mark.slow if i > 0 else ())
-    for i, case in enumerate(CASES)]
+CASES = [(script.values[0], devices) for script in SCRIPTS for devices in (2, 1)]
+DEVICES = CASES[:1] + slow(pytest.param(*case) for case in CASES[1:])
 
 
 @pytest.mark.parametrize("script, devices", DEVICES, ids=lambda x: getattr(x, "__name__", x))
@@ -73,8 +72,7 @@ def test_resumed_equals_uninterrupted(script, devices, whole, environ, tmp_path)
     assert about["args"]["total_timesteps"] == 640
 
 
-@pytest.mark.parametrize(
-    "flags", [[], pytest.param(["--total-timesteps", "320"], marks=pytest.mark.slow)])
+@pytest.mark.parametrize("flags", [[], *slow([pytest.param(["--total-timesteps", "320"])])])
 def test_resuming_a_finished_run(flags, whole, environ, tmp_path):
     """Nothing is left to do, also in a moved folder; nothing is made where it is called."""
     finished = whole(SCRIPT, *BUDGET)
@@ -147,11 +145,8 @@ def started(flags, run_dir, environ, line, handler=signal.SIG_DFL):
         process.kill()
 
 
-@pytest.mark.parametrize("name", [
-    "SIGTERM", pytest.param("SIGINT", marks=pytest.mark.slow),
-    pytest.param("SIGHUP", marks=pytest.mark.slow),
-    pytest.param("SIGUSR1", marks=pytest.mark.slow)])
-def test_signals_end_a_run_in_good_order(name, whole, environ, tmp_path):
+@pytest.mark.parametrize("name", SIGNALS)
+def test_signals_end_a_run_in_good_order(name, environ, tmp_path):
     """Ctrl-C and what schedulers send save in mid-interval, and exit with 128 + number."""
     with started(LONG, tmp_path, environ, "global_step=4000 ") as process:
         process.send_signal(signal.Signals[name])
@@ -162,9 +157,6 @@ def test_signals_end_a_run_in_good_order(name, whole, environ, tmp_path):
     assert folder.name in out
     assert (folder / "learning_curve.png").read_bytes()[:4] == b"\x89PNG"
     assert 2 <= len(read_rows(folder)) < 6
-    if name == "SIGTERM":
-        run_program(SCRIPT.__file__, ["--resume", folder], environ)
-        assert_same_run(folder, whole(SCRIPT, *LONG))
 
 
 @pytest.mark.slow
@@ -245,12 +237,11 @@ def test_every_damage_is_noticed(tmp_path, capsys):
     for like in (tree | {"a": np.arange(8)}, tree | {"a": np.arange(9.0)}, {"a": np.arange(8.0)}):
         with pytest.raises(SystemExit):
             SCRIPT.load_checkpoint(path, like)
-    path.write_bytes(b"")
-    with pytest.raises(SystemExit):
-        SCRIPT.load_checkpoint(path, tree)
-    np.savez(path, np.zeros(3))  # another archive of arrays
-    with pytest.raises(SystemExit):
-        SCRIPT.load_checkpoint(path, tree)
+    np.savez(tmp_path / "other.npz", np.zeros(3))
+    for data in (b"", (tmp_path / "other.npz").read_bytes()):
+        path.write_bytes(data)
+        with pytest.raises(SystemExit):
+            SCRIPT.load_checkpoint(path, tree)
 
 
 # -------------------- Refusals --------------------------------------------------------------------

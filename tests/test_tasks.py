@@ -314,6 +314,7 @@ def test_connector_animates(connector, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------ JaxMARL
+@pytest.mark.slow
 def test_import_is_silent():
     """JaxMARL's import prints nothing here, and leaves the standard streams as they are."""
     code = """
