@@ -10,7 +10,8 @@ their std, the team loses
     cost = E_mu[(1 - prod_j pi_j / mu_j) A] / std(A)
 
 if the agents decide apart (the performance difference lemma, Kakade & Langford 2002, to the first
-order). The tether gets shorter while that is more than --max-cost, and longer while it is less.
+order). The tether gets shorter while that is more than --max-cost, and longer again, up to --delta,
+while it is less.
 
 Two policies are trained together, for a team of N agents of which each sees a part of the state:
 
@@ -69,6 +70,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 SCRIPT = Path(__file__).name
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # to tasks.py
 
 
 # -------------------- Flags -----------------------------------------------------------------------
@@ -94,7 +96,7 @@ class Args:  # tyro shows the comment behind a flag as its help; [in brackets]: 
     eval_episodes: int = 32  # episodes that learner and guider each play in an evaluation
     eval_greedy: bool = False  # evaluate the likeliest actions, not sampled [evaluation_greedy]
     # The algorithm
-    delta: float = 1.5  # length of the tether at the start, the largest mu / pi [clip_gpo]
+    delta: float = 1.5  # longest tether, where it costs nothing: the largest mu / pi [clip_gpo]
     max_cost: float = 0.01  # what deciding apart may cost, in std of the team's advantage
     tether_rate: float = 2.0  # how fast log(delta) follows the difference between the two
     learner_rl_coef: float = 1.0  # lambda: weight of the learner's PPO loss beside its KL [alpha]
@@ -526,19 +528,19 @@ def collect(args, env, guider, state):
     return state._replace(env_state=env_state, key=key), rollout
 
 
-SHORTEST, LONGEST = 1.02, 4.0  # what delta stays between
+SHORTEST = 1.02  # what delta stays above
 
 
 def cost_of_deciding_apart(learner, params, rollout):
-    """E_mu[(1 - prod_j pi_j / mu_j) A] / std(A) over a rollout (T, B, ..) of all devices -> ()."""
+    """E_mu[(1 - prod_j pi_j / mu_j) A] / std(A) over a rollout (T, B, ..), mean of the devices."""
     log_prob = learner.apply(params["learner"], rollout.obs).log_prob(rollout.action)
-    ratio = jnp.exp(jnp.sum(log_prob - rollout.behaviour_log_prob, axis=-1))  # (T, B)
-    advantage = jnp.mean(rollout.advantage, axis=-1)
-    centered = advantage - lax.pmean(jnp.mean(advantage), "device")
-    # A tether bounds the ratio by delta ** N from above; what is beyond 10 is noise.
-    cost = jnp.mean((1 - jnp.minimum(ratio, 10)) * centered)
-    cost, variance = lax.pmean((cost, jnp.mean(jnp.square(centered))), "device")
-    return cost / (jnp.sqrt(variance) + 1e-8)
+    log_ratio = jnp.sum(log_prob - rollout.behaviour_log_prob, axis=-1)  # (T, B)
+    # A tether bounds the ratio of the team by delta ** N; what is beyond 10 is noise.
+    ratio = jnp.minimum(jnp.exp(log_ratio), 10)
+    team = jnp.mean(rollout.advantage, axis=-1)  # (T, B)
+    team = (team - jnp.mean(team)) / (jnp.std(team) + 1e-8)
+    cost = jnp.mean((1 - ratio) * team)
+    return lax.pmean(cost, "device")
 
 
 def make_optimizer(args, rate):
@@ -564,8 +566,9 @@ def train_iteration(args, env, guider, learner, state):
     rollout = rollout._replace(advantage=advantage, target=(target - mean) / std)
     cost = cost_of_deciding_apart(learner, state.params, rollout)
     log_delta = state.log_delta + args.tether_rate * (args.max_cost - cost)
-    log_delta = jnp.clip(log_delta, jnp.log(SHORTEST), jnp.log(LONGEST))
-    args = dataclasses.replace(args, delta=jnp.exp(log_delta))
+    log_delta = jnp.clip(log_delta, jnp.log(SHORTEST), jnp.log(args.delta))
+    delta = jnp.exp(log_delta)
+    args = dataclasses.replace(args, delta=delta)  # for the losses of this iteration
     samples = jax.tree.map(lambda x: rearrange(x, "t b ... -> (t b) ..."), rollout)
     key, shuffle_key = jax.random.split(state.key)
     order = jnp.tile(jnp.arange(len(samples.action)), (args.update_epochs, 1))
@@ -590,7 +593,9 @@ def train_iteration(args, env, guider, learner, state):
 
     losses["first_ratio"] = losses.pop("ratio")[0]  # 1 as long as acting and training agree
     metrics = {f"losses/{name}": jnp.mean(x) for name, x in losses.items()}
-    metrics |= {"charts/learning_rate": rate, "charts/delta": args.delta, "charts/cost": cost}
+    metrics["charts/learning_rate"] = rate
+    metrics["charts/delta"] = delta
+    metrics["charts/cost"] = cost
     # The advantage is the target less the value: its variance is what the values do not explain.
     unexplained, total = lax.pmean((jnp.var(advantage), jnp.var(target)), "device")
     metrics["losses/explained_variance"] = 1 - unexplained / (total + 1e-8)
@@ -609,7 +614,8 @@ def init_state(args, env, guider, learner, params_key, key):
     params = {"guider": guider.init(guider_key, env_state.obs, action)}
     params["learner"] = learner.init(learner_key, env_state.obs)
     opt_state = make_optimizer(args, args.learning_rate).init(params)
-    scale, log_delta = jnp.array([0.0, 1.0]), jnp.log(jnp.float32(args.delta))
+    scale = jnp.array([0.0, 1.0])
+    log_delta = jnp.log(jnp.float32(args.delta))
     return TrainState(params, opt_state, env_state, key, scale, log_delta, jnp.int32(0))
 
 
@@ -817,7 +823,7 @@ def check_args(args):
             fits = 0 < value <= highest or value == 0 and name in may_be_0
             bound = f"{'at least' if name in may_be_0 else 'above'} 0, and at most {highest}"
             check(name, fits, bound)
-    check("delta", SHORTEST <= args.delta <= LONGEST, f"between {SHORTEST} and {LONGEST}")
+    check("delta", SHORTEST < args.delta < math.inf, f"above {SHORTEST}, and finite")
     check("embed_dim", args.embed_dim % args.num_heads == 0, "divisible by --num-heads")
     steps, devices = args.num_envs * args.num_steps, args.num_devices
     check("total_timesteps", args.total_timesteps >= steps, f"one rollout, {steps}, or more")
