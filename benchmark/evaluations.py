@@ -11,6 +11,7 @@ benchmark/results, a row for each evaluation:
 What a script or an environment does not have is empty.
 """
 import glob
+import json
 import math
 import os
 import re
@@ -37,6 +38,7 @@ class InputError(ValueError):
 class Options:
     sources: tyro.conf.Positional[tuple[str, ...]]  # folders of runs, or CSV files of --export
     export: str = ""  # CSV file to write the evaluations of all sources to
+    marl_eval: str = ""  # JSON file to write for the package marl-eval
     out: str = ""  # PNG to write
     table: str = ""  # Markdown file to write the table to
     only: str = ""  # regular expression: only runs with it in "ENV_ID SCENARIO EXP_NAME"
@@ -133,7 +135,11 @@ def load(options: Options) -> pd.DataFrame:
     if options.export:
         os.makedirs(os.path.dirname(options.export) or ".", exist_ok=True)
         frame.to_csv(options.export, index=False, float_format="%.6g")
-    return group(frame, options.only, options.labels, options.guider_of)
+    frame = group(frame, options.only, options.labels, options.guider_of)
+    if options.marl_eval:
+        with open(options.marl_eval, "w") as file:
+            json.dump(to_marl_eval(frame, options.last), file, indent=1)
+    return frame
 
 
 # -------------------- Groups ----------------------------------------------------------------------
@@ -201,6 +207,29 @@ def final(frame: pd.DataFrame, last: int) -> pd.DataFrame:
 
 
 # -------------------- Output ----------------------------------------------------------------------
+def to_marl_eval(frame: pd.DataFrame, last: int) -> dict:
+    """Grouped evaluations in the form that marl-eval reads (github.com/instadeepai/marl-eval):
+    environment, task, algorithm, run, step; a metric is a list, here of one mean.
+
+    The absolute metrics are the means over the last evaluations, for the best networks are not
+    played anew. Metrics are those that all runs of an environment have. Commas, which marl-eval
+    does not take, leave the names of algorithms.
+    """
+    data: dict = {}
+    for run_name, run in frame.groupby(["env_id", "scenario", "label", "seed"]):
+        env_id, scenario, label, seed = run_name
+        everywhere = frame.loc[frame["env_id"] == env_id, ["learner", "win_rate"]].dropna(axis=1)
+        metrics = everywhere.loc[run.index].rename(columns={"learner": "return"})
+        steps = {
+            f"step_{i}": {"step_count": int(step)} | {name: [x] for name, x in values.items()}
+            for i, (step, values) in enumerate(zip(run["global_step"], metrics.to_dict("records")))}
+        means = metrics.tail(last).mean().to_dict()
+        steps["absolute_metrics"] = {name: [x] for name, x in means.items()}
+        runs = data.setdefault(env_id, {}).setdefault(scenario or "default", {})
+        runs.setdefault(label.replace(",", ""), {})[f"seed_{seed}"] = steps
+    return data
+
+
 def to_markdown(table: pd.DataFrame) -> str:
     rows = [table.columns, ["---"] * len(table.columns), *table.to_numpy()]
     return "".join("| " + " | ".join(map(str, row)) + " |\n" for row in rows)

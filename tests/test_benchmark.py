@@ -205,6 +205,23 @@ def test_exported_evaluations_are_read_as_the_runs_were(tmp_path):
     assert (of_file["scenario"] == "").all()
 
 
+def test_marl_eval_file(tmp_path, capsys):
+    """Environment, task, algorithm, run, step, as marl-eval's README has it, which pins pandas 1.4;
+    checked once by its own DiagnoseData and create_matrices_for_rliable."""
+    rows = [evaluation(name, seed, 10 * i, i + seed) | {"win_rate": 0.5 if name == "a" else None}
+            for name in ("a", "b, c") for seed in (1, 2) for i in range(4)]
+    pd.DataFrame(rows).to_csv(tmp_path / "x.csv", index=False)
+    file = tmp_path / "x.json"
+    assert plot.main([str(tmp_path / "x.csv"), "--marl-eval", str(file), "--last", "2"]) == 0
+    (tasks_of,) = json.loads(file.read_text()).values()
+    (algorithms,) = tasks_of.values()
+    assert {name: list(runs) for name, runs in algorithms.items()} == {
+        "a": ["seed_1", "seed_2"], "b c": ["seed_1", "seed_2"]}
+    run = algorithms["b c"]["seed_2"]  # b has no win rate, so none has
+    assert run["step_3"] == {"step_count": 30, "return": [5.0]}
+    assert run["absolute_metrics"] == {"return": [4.5]} and len(run) == 5
+
+
 def test_groups_are_sorted_by_number_and_hold_the_steps_of_all_their_seeds():
     rows = []
     for seed, steps in ((2, [0, 20, 30, 40]), (1, [0, 10, 20, 30])):
