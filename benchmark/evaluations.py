@@ -46,6 +46,8 @@ class Options:
     labels: dict[str, str] = field(default_factory=dict)
     # EXP_NAME LABEL: its guider is shown as one more learner, under this label
     guider_of: dict[str, str] = field(default_factory=dict)
+    # of metrics.jsonl, such as charts/SPS: columns of --export and panels, beside the usual ones
+    keys: tuple[str, ...] = ()
     last: int = 3  # evaluations whose mean is a run's final result
     partial: bool = False  # take unfinished runs, too
 
@@ -55,8 +57,8 @@ def warn(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-def make_row(args: dict, row: dict) -> dict:
-    """A run's arguments and a row of its metrics.jsonl -> a row of the table."""
+def make_row(args: dict, row: dict, keys: tuple) -> dict:
+    """A run's arguments and a row of its metrics.jsonl -> a row of the table, with further keys."""
     evaluation = {name: args[name] for name in RUN}
     evaluation["global_step"] = row["global_step"]
     evaluation["learner"] = row["eval/learner_return"]
@@ -65,10 +67,10 @@ def make_row(args: dict, row: dict) -> dict:
     evaluation["learner_kl"] = row.get("losses/learner_kl", math.nan)
     parts = (row[f"time/{part}_s"] for part in ("compile", "train", "eval"))
     evaluation["wall_seconds"] = round(sum(parts), 1)
-    return evaluation
+    return evaluation | {key: row.get(key, math.nan) for key in keys}
 
 
-def read_runs(run_dir: str, partial: bool = False) -> pd.DataFrame:
+def read_runs(run_dir: str, partial: bool = False, keys: tuple = ()) -> pd.DataFrame:
     """Reads the finished runs in a folder (partial: all that were evaluated).
 
     Of two runs of the same name the later one counts, with a warning; so do seeds of one name whose
@@ -85,7 +87,7 @@ def read_runs(run_dir: str, partial: bool = False) -> pd.DataFrame:
         run = tuple(args[name] for name in RUN)
         if run in rows_of:
             warn(f"the same name and seed again, the later one counts: {folder}")
-        rows_of[run] = [make_row(args, row) for row in rows]
+        rows_of[run] = [make_row(args, row, keys) for row in rows]
         flags = {name: args[name] for name in args.keys() - NOT_COMPARED}
         flags["script"] = about["script"]
         first = flags_of.setdefault(run[:-1], flags)
@@ -95,27 +97,27 @@ def read_runs(run_dir: str, partial: bool = False) -> pd.DataFrame:
     return pd.DataFrame([row for run in sorted(rows_of) for row in rows_of[run]])
 
 
-def read_csv(file: str) -> pd.DataFrame:
+def read_csv(file: str, keys: tuple = ()) -> pd.DataFrame:
     try:
         frame = pd.read_csv(file, dtype={"scenario": str, "exp_name": str})
     except ValueError as error:  # of pandas
         raise InputError(f"{file}: {error}") from error
-    missing = [name for name in COLUMNS if name not in frame]
+    missing = [name for name in (*COLUMNS, *keys) if name not in frame]
     if missing:
         raise InputError(f"{file}: there is no column {', '.join(missing)}")
     return frame
 
 
-def read(sources: tuple, partial: bool = False) -> pd.DataFrame:
+def read(sources: tuple, partial: bool = False, keys: tuple = ()) -> pd.DataFrame:
     """Reads folders of runs and CSV files. Raises InputError or OSError."""
     if not sources:
         raise InputError("name folders of runs, or CSV files")
     frames = []
     for source in sources:
         if source.endswith(".csv"):
-            frame = read_csv(source)
+            frame = read_csv(source, keys)
         else:
-            frame = read_runs(source, partial)
+            frame = read_runs(source, partial, keys)
         if frame.empty:
             raise InputError(f"{source}: there are no finished runs")
         frames.append(frame)
@@ -131,7 +133,7 @@ def load(options: Options) -> pd.DataFrame:
     """
     if options.last < 1:
         raise InputError(f"--last {options.last}: must be above 0")
-    frame = read(options.sources, options.partial)
+    frame = read(options.sources, options.partial, options.keys)
     if options.export:
         os.makedirs(os.path.dirname(options.export) or ".", exist_ok=True)
         frame.to_csv(options.export, index=False, float_format="%.6g")

@@ -3,6 +3,7 @@ results in Markdown.
 
     python benchmark/plot.py benchmark/runs/figure1 --export benchmark/results/figure1.csv
     python benchmark/plot.py benchmark/results/figure1.csv --out kl.png --panels gap learner_kl
+    python benchmark/plot.py runs --out speed.png --panels learner --keys charts/SPS
     python benchmark/plot.py benchmark/runs/ablation --out ablation.png --bars
 
 Runs that differ only in their seed are a group: same environment, scenario and --exp-name. Lines
@@ -53,7 +54,7 @@ def draw_curves(frame: pd.DataFrame, panels: tuple, baselines: tuple) -> sns.Fac
         ends = frame[frame["scenario"] == scenario].groupby("task", as_index=False)["global_step"]
         level = ends.agg(["min", "max"]).melt("task", value_name="global_step")
         frame = pd.concat([frame, level.assign(label=label, learner=value, guider=value)])
-    titles = [PANELS[panel] for panel in panels]
+    titles = [PANELS.get(panel, panel) for panel in panels]
     curves = frame.rename(columns=PANELS).melt(["task", "label", "global_step"], titles, "panel")
     facets = {"col": "task", "col_wrap": min(3, frame["task"].nunique())}
     if len(panels) > 1:
@@ -101,7 +102,7 @@ def show(options: Options) -> None:
         if options.bars:
             grid = draw_bars(finals)
         else:
-            grid = draw_curves(frame, options.panels, options.baseline)
+            grid = draw_curves(frame, (*options.panels, *options.keys), options.baseline)
         place = {"loc": "upper center", "bbox_to_anchor": (0.5, 0)}  # below the panels
         sns.move_legend(grid, **place, ncols=4, title=None, frameon=False)
         grid.figure.suptitle(options.title, y=1.03)

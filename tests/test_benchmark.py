@@ -75,8 +75,6 @@ for step in (0, 50, 100):
     time.sleep(args.sleep)
     if args.fail:
         raise SystemExit(3)
-if hasattr(os, "sched_getaffinity"):
-    print("cores", sorted(os.sched_getaffinity(0)))
 """
 
 
@@ -203,6 +201,10 @@ def test_exported_evaluations_are_read_as_the_runs_were(tmp_path):
     of_runs, of_file = evaluations.read([str(tmp_path / "runs")]), evaluations.read([file])
     pd.testing.assert_frame_equal(of_runs, of_file, check_dtype=False, rtol=1e-5)
     assert (of_file["scenario"] == "").all()
+    key, out = "time/eval_s", str(tmp_path / "x.png")
+    words = [str(tmp_path / "runs"), "--keys", key, "--export", file, "--out", out]
+    assert plot.main(words) == 0 and os.path.exists(out)
+    assert evaluations.read([file], keys=(key,))[key].tolist() == [0, 1]
 
 
 def test_marl_eval_file(tmp_path, capsys):
