@@ -358,12 +358,12 @@ def numbers(text):
 
 
 def readme_tables(heading):
-    """The rows of the tables of a section of benchmark/README.md, by their first cell."""
+    """The rows of a section's tables in benchmark/README.md, by first cell; the first counts."""
     with open(os.path.join(ROOT, "benchmark", "README.md")) as file:
         _, section = file.read().split(f"\n## {heading}\n")
     lines = section.split("\n## ")[0].splitlines()
     rows = [line.split("|")[1:-1] for line in lines if line.startswith("|")]
-    return {cells[0].strip(): [cell.strip() for cell in cells[1:]] for cells in rows}
+    return {cells[0].strip(): [cell.strip() for cell in cells[1:]] for cells in rows[::-1]}
 
 
 def committed_table(name, guider_of):

@@ -178,16 +178,18 @@ def is_picture(path):
 def test_each_command_is_run_by_a_test_below():
     tested = {"magpo_ff.py", "magpo_rec.py", "ctds_ff.py", "benchmark/run.py", "benchmark/speed.py"}
     docs = "tables matching tether backtracking heatmap saddle".split()
-    tested |= {f"docs/{name}.py" for name in docs}
+    tested |= {f"docs/{name}.py" for name in docs} | {"variants/magpo_ff_adaptive.py"}
     assert {tuple(words[:2]) for words in guide_commands()} == {("python", name) for name in tested}
 
 
-@pytest.mark.parametrize("script", ["magpo_ff", "ctds_ff", "magpo_rec"])
+@pytest.mark.parametrize(
+    "script", ["magpo_ff", "ctds_ff", "magpo_rec", "variants/magpo_ff_adaptive"])
 def test_training_commands_are_accepted(script, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     for flags in commands_of(f"{script}.py"):
         monkeypatch.setattr(sys, "argv", [f"{script}.py", *flags, "--dry-run"])
-        assert importlib.import_module(script).main() == 0, (flags, capsys.readouterr().err)
+        module = importlib.import_module(script.replace("/", "."))
+        assert module.main() == 0, (flags, capsys.readouterr().err)
 
 
 def test_tables(monkeypatch, capsys):
