@@ -62,6 +62,7 @@ def train(script, env, num_iterations, seeds, **flags):
     return start, run(start), *parts[2:]
 
 
+@pytest.mark.slow
 def test_magpo_without_tether_and_rl_term_is_ctds():
     """delta = inf and lambda = 0 give the parameters of CTDS from the same seed."""
     env = magpo_ff.make_env("CoordSum-v0", "2x4-5")

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import has_memory, random_obs, read_rows, run_folder, run_program, scripts_with
+from conftest import random_obs, read_rows, run_folder, run_program, scripts_with, slow
 from flax.traverse_util import flatten_dict
 from PIL import Image
 from safetensors.numpy import save_file
@@ -19,13 +19,13 @@ from safetensors.numpy import save_file
 from examples import enjoy, use_learner
 
 ROOT = pathlib.Path(__file__).parent.parent
-SCRIPTS = scripts_with("Learner", "main", feed_forward=True)[:1] + scripts_with("init_hidden")
+SCRIPTS = scripts_with("Learner", "main", feed_forward=True)[:1]
 TINY = """--env-id CoordSum-v0 --scenario 2x3-4 --num-envs 4 --num-steps 8 --eval-episodes 4
           --embed-dim 8 --learner-hidden-dim 8 --update-epochs 1 --guider mat
           --total-timesteps 64 --num-evals 1""".split()
 
 
-@pytest.fixture(scope="module", params=SCRIPTS)
+@pytest.fixture(scope="module", params=SCRIPTS + slow(scripts_with("init_hidden")))
 def finished(request, environ, tmp_path_factory):
     """A script, and the folder of a tiny run of it."""
     script, run_dir = request.param, tmp_path_factory.mktemp("runs")
@@ -80,14 +80,14 @@ def test_use_learner_decides_as_the_script(finished):
     for seed, timestep in enumerate([0.0, 1.0, 2.0, 0.0, 1.0]):
         obs = random_obs(script, seed, 1, 2, 3, num_features=3)
         key = jax.random.PRNGKey(0)
-        if has_memory(script):
+        if hasattr(script, "init_hidden"):
             past = (jnp.full(1, timestep), hidden)
             expected, _, hidden = script.learner_act(learner, params, obs, *past, key, greedy=True)
         else:
             expected, _ = script.learner_act(learner, params, obs, key, greedy=True)
         for j in range(2):
             inputs = (learner, params, jax.tree.map(lambda x: x[0, j], obs))
-            if has_memory(script):
+            if hasattr(script, "init_hidden"):
                 results = use_learner.decide_with_memory(*inputs, timestep, own_hidden[j])
                 action, own_hidden[j] = results
             else:

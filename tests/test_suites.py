@@ -4,19 +4,17 @@ import importlib
 import math
 
 import pytest
-from conftest import read_rows, run_folder, slow
+from conftest import read_rows, run_folder
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
+pytestmark = [pytest.mark.usefixtures("quick_compile"), pytest.mark.slow]
 
 # A script for each suite, as the environments are the same text in all scripts.
 TASKS = [
-    *slow([
-        pytest.param("magpo_rec", "MPE_simple_spread_v3", "simple_spread_3ag"),
-        pytest.param("magpo_rec", "SMAX", "3s_vs_5z"),
-        pytest.param("magpo_rec", "Connector-v3", "con-5x5x3a"),
-        pytest.param("magpo_ff", "RobotWarehouse-v0", "tiny-2ag"),
-        pytest.param("ctds_ff", "LevelBasedForaging-v0", "2s-8x8-2p-2f-coop"),
-        pytest.param("ctds_ff", "MPE_simple_spread_v3", "simple_spread_3ag")])]
+    ("magpo_rec", "MPE_simple_spread_v3", "simple_spread_3ag"),
+    ("magpo_rec", "SMAX", "3s_vs_5z"), ("magpo_rec", "Connector-v3", "con-5x5x3a"),
+    ("magpo_ff", "RobotWarehouse-v0", "tiny-2ag"),
+    ("ctds_ff", "LevelBasedForaging-v0", "2s-8x8-2p-2f-coop"),
+    ("ctds_ff", "MPE_simple_spread_v3", "simple_spread_3ag")]
 WINNABLE = {"Connector-v3", "SMAX"}
 TINY = """--num-envs 2 --num-steps 4 --total-timesteps 16 --num-evals 1 --eval-episodes 2
           --embed-dim 4 --learner-hidden-dim 4 --num-minibatches 1 --update-epochs 1

@@ -37,6 +37,7 @@ def test_an_adaptive_tether_that_may_cost_anything_is_a_fixed_one():
         np.testing.assert_allclose(x, y, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_an_adaptive_tether_shortens_where_deciding_apart_costs():
     """By the rate times the difference, down to a bound; the next iteration goes on from there."""
     state, metrics = iterate(adaptive, delta=1.5, max_cost=1e-6, tether_rate=0.1)
