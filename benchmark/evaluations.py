@@ -134,6 +134,9 @@ def load(options: Options) -> pd.DataFrame:
     if options.last < 1:
         raise InputError(f"--last {options.last}: must be above 0")
     frame = read(options.sources, options.partial, options.keys)
+    for key in options.keys:
+        if frame[key].isna().all():
+            raise InputError(f"--keys {key}: no run has it")
     if options.export:
         os.makedirs(os.path.dirname(options.export) or ".", exist_ok=True)
         frame.to_csv(options.export, index=False, float_format="%.6g")

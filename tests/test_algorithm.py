@@ -22,6 +22,7 @@ from conftest import (
     random_like,
     random_minibatch,
     scripts_with,
+    slow,
     tags_and_times,
 )
 from jax.extend import core
@@ -570,8 +571,11 @@ def program_size(script, scenario, **flags):
     return count_equations(jax.make_jaxpr(iterate)(state).jaxpr)
 
 
+GROWING = scripts_with("train_iteration", "Mixer", distinct=True)
+
+
 @pytest.mark.parametrize("kind", ["sable", "mat"])
-@pytest.mark.parametrize("script", scripts_with("train_iteration", "Mixer", distinct=True)[:1])
+@pytest.mark.parametrize("script", GROWING[:1] + slow(GROWING[1:]))
 def test_program_does_not_grow(script, kind):
     """The program of an iteration is as long for 16 steps, 6 agents and 3 epochs as for 4, 2 and
     1."""

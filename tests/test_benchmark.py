@@ -205,6 +205,7 @@ def test_exported_evaluations_are_read_as_the_runs_were(tmp_path):
     words = [str(tmp_path / "runs"), "--keys", key, "--export", file, "--out", out]
     assert plot.main(words) == 0 and os.path.exists(out)
     assert evaluations.read([file], keys=(key,))[key].tolist() == [0, 1]
+    assert plot.main([str(tmp_path / "runs"), "--keys", "charts/nothing"]) == 2
 
 
 def test_marl_eval_file(tmp_path, capsys):
