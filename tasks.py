@@ -21,6 +21,10 @@ and, if an agent's reward is its own and no part of a sum that the team earns,
 
     env.own_rewards                    True
 
+What no agent sees is in the state of the game, for guiders that may know it in training:
+
+    env.global_state(state)            (S,) float32; your own environment may have it, too
+
 The scripts train on what `make_trainable` makes: these and any other Jumanji environment, your own
 among them, checked, and adapted where they need it.
 
@@ -83,6 +87,7 @@ def make(env_id: str, scenario: str = "") -> Environment:
     try:
         env = SUITES[env_id](scenario)
         jax.eval_shape(env.reset, jax.random.PRNGKey(0))  # some sizes fail only here
+        env.global_state = functools.partial(GLOBAL_STATES[env_id], env)
     except (AssertionError, ImportError, OverflowError, TypeError, ValueError) as error:
         first_line = str(error).partition("\n")[0]
         raise TaskError(f"{flag}: {first_line}") from error
@@ -562,6 +567,65 @@ class Spread(JaxMarl):
         return visualizer.fig, visualizer.update
 
 
+# -------------------- What no agent sees ----------------------------------------------------------
+def flat(*parts: jax.Array) -> jax.Array:
+    """Arrays of any shape, numbers or bool -> (S,) float32."""
+    return jnp.concatenate([jnp.ravel(part).astype(jnp.float32) for part in parts])
+
+
+def coordsum_state(env: Environment, state: Any) -> jax.Array:
+    """How often agent 0 has played each action for this target, as a share of the episode, and what
+    the observer is going to guess, one-hot: 2 A numbers."""
+    counts = state.counts[jnp.minimum(state.target, env.num_rows - 1)]
+    return flat(counts / env.time_limit, jax.nn.one_hot(jnp.argmax(counts), env.num_actions))
+
+
+def rware_state(env: Environment, state: Any) -> jax.Array:
+    """Where shelves, robots and requested shelves are, three maps of the warehouse; of each robot
+    its place, as a share of the warehouse, its direction, one-hot, and whether it carries."""
+    size = state.grid.shape[1:]
+    shelves, robots = state.shelves, state.agents
+    requested = jnp.zeros(size).at[shelves.position.x, shelves.position.y].max(shelves.is_requested)
+    places = robots.position.x / size[0], robots.position.y / size[1]
+    directions = jax.nn.one_hot(robots.direction, 4)
+    return flat(state.grid > 0, requested, *places, directions, robots.is_carrying)
+
+
+def lbf_state(env: Environment, state: Any) -> jax.Array:
+    """Places, as a share of the board, and levels of all players and of the food, 0 where it is
+    gone; which players are loading, and which food is there."""
+    players, food = state.agents, state.food_items
+    there = ~food.eaten
+    food = food.position * there[:, None] / env.grid_size, food.level * there
+    return flat(players.position / env.grid_size, players.level, players.loading, *food, there)
+
+
+def connector_state(env: Environment, state: Any) -> jax.Array:
+    """Which cells are free, and heads and targets of all agents as shares of the board."""
+    size = len(state.grid)
+    return flat(state.grid == 0, state.agents.position / size, state.agents.target / size)
+
+
+def smax_state(env: Environment, state: Any) -> jax.Array:
+    """The world state of JaxMARL: health, place, cooldown and type of all units, enemies too."""
+    return flat(env.game.get_world_state(state.game_state))
+
+
+def spread_state(env: Environment, state: Any) -> jax.Array:
+    """Places of agents and landmarks, and the agents' velocities."""
+    return flat(state.game_state.p_pos, state.game_state.p_vel)
+
+
+GLOBAL_STATES = {
+    "CoordSum-v0": coordsum_state,
+    "RobotWarehouse-v0": rware_state,
+    "LevelBasedForaging-v0": lbf_state,
+    "Connector-v3": connector_state,
+    "SMAX": smax_state,
+    "MPE_simple_spread_v3": spread_state,
+}
+
+
 # -------------------- Environments to train on ----------------------------------------------------
 def make_trainable(env_id: str, scenario: str = "") -> Environment:
     """Makes an environment that the scripts can train on.
@@ -726,6 +790,12 @@ class Adapter(Wrapper):
         else:
             mask = timestep.observation.action_mask
         return timestep.replace(observation=VectorObservation(view, mask))
+
+    @property
+    def global_state(self) -> Callable:
+        """The environment's own `global_state`, for states of this one."""
+        global_state = self._env.global_state
+        return lambda state: global_state(self.unpack(state))
 
     @property
     def animate(self) -> Callable:

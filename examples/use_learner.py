@@ -25,7 +25,7 @@ def load_script(folder):
     directory, or in this repository.
     """
     about = json.loads((folder / "args.json").read_text())
-    places = [*folder.resolve().parents, Path.cwd(), ROOT, ROOT / "baselines"]
+    places = [*folder.resolve().parents, Path.cwd(), ROOT, ROOT / "baselines", ROOT / "variants"]
     beside = [str(place) for place in places if (place / about["script"]).exists()]
     if not beside:
         looked = ", ".join(dict.fromkeys(map(str, places)))

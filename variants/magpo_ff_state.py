@@ -1,0 +1,915 @@
+"""MAGPO (magpo_ff.py, arXiv 2507.18059) with a guider that knows the state of the game.
+
+    python variants/magpo_ff_state.py --env-id RobotWarehouse-v0 --delta 1.5
+    python variants/magpo_ff_state.py --env-id CoordSum-v0 --scenario 3x10-30 --delta inf
+
+Training often happens in a simulator, which can tell what no agent sees. Here the guider reads it,
+added to the token of each agent, while the learner sees its own observation alone, as before:
+
+    tokens_j = embed(o_j) + W norm(global state)
+
+The more the guider knows, the more of what it does the learner cannot follow, and the more there is
+for the tether to hold back. With a global state of zeros this is magpo_ff.py. It is asked for by
+`env.global_state(state)`, which tasks.py gives to all suites, and your own environment may have.
+
+Two policies are trained together, for a team of N agents of which each sees a part of the state:
+
+- the guider mu is centralized and autoregressive: the agents decide one after the other, and each
+  sees the observations o = (o_1, .., o_N) of all and the actions of those before it,
+  mu(a | o) = prod_j mu(a_j | o, a_1, .., a_{j-1}). It explores, and PPO improves it;
+- the learner pi is decentralized: each agent decides alone, from its own observation,
+  pi(a | o) = prod_j pi(a_j | o_j). It follows the guider, and is what gets deployed.
+
+A guider left alone finds strategies that no learner can follow. So it is tethered: for the actions
+taken, mu / pi should stay within [1 / delta, delta]. An iteration has four steps:
+
+    1. collect    the guider plays a rollout                           `collect`
+    2. improve    the guider by PPO, its ratio clipped twice           `double_clip`, `ppo_loss`
+    3. follow     the learner: KL(mu || pi) + lambda * its PPO loss    `minibatch_loss`
+    4. backtrack  the guider by a KL, where it is beyond the tether    `minibatch_loss`
+
+Steps 2 to 4 are one gradient step on each minibatch. To backtrack, no parameter is copied: the
+double clip stops the PPO gradient that leads further out, and outside the KL pulls the guider back.
+
+Shapes in comments: T steps of a rollout, B environments on a device, M samples of a minibatch, N
+agents, A actions, O features of an observation, E width of the guider, H heads, D devices, .. any
+axes. D with a number (D1, D2, ..) is a detail that docs/details.md compares with the official code.
+What has nothing to do with MAGPO comes last: saving, logging, starting and the outer loop.
+"""
+import collections
+import dataclasses
+import importlib
+import io
+import json
+import math
+import os
+import signal
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any, Callable, Literal, NamedTuple
+
+import chex
+import distrax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pandas
+import safetensors.numpy
+import tyro
+from einops import rearrange
+from flax.linen.initializers import constant, normal, orthogonal
+from flax.traverse_util import flatten_dict
+from jax import lax
+from jax.experimental import multihost_utils
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # to tasks.py
+SCRIPT = Path(__file__).name
+
+
+# -------------------- Flags -----------------------------------------------------------------------
+@dataclasses.dataclass
+class Args:  # tyro shows the comment behind a flag as its help; [in brackets]: the official name
+    # The run
+    exp_name: str = SCRIPT.removesuffix(".py")  # experiment, part of the folder's name
+    seed: int = 1  # seed of parameters, environments, actions and minibatches
+    run_dir: str = "runs"  # folder in which the run's own folder is made
+    num_devices: int = 0  # devices to train on; 0: all there are, as always with --distributed
+    distributed: bool = False  # this process is one of several, see docs/usage.md
+    resume: str = ""  # go on with the run in this folder, with its own flags
+    dry_run: bool = False  # check all flags and the environment, and stop
+    track: bool = False  # log to Weights & Biases too (WANDB_MODE=offline needs no account)
+    wandb_project_name: str = "magpo"  # Weights & Biases project; WANDB_ENTITY is the team
+    # The environment
+    env_id: str = "CoordSum-v0"  # a Jumanji environment; my_module:MyEnv-v0 imports my_module first
+    scenario: str = ""  # the task's name in the papers, e.g. tiny-2ag; "": the id's own defaults
+    num_envs: int = 64  # environments stepped in parallel, over all devices
+    # Budget and evaluation
+    total_timesteps: int = 20_000_000  # steps, summed over environments; only whole iterations run
+    num_evals: int = 20  # evaluations, evenly spaced, after the one at step 0 [num_evaluation]
+    eval_episodes: int = 32  # episodes that learner and guider each play in an evaluation
+    eval_greedy: bool = False  # evaluate the likeliest actions, not sampled [evaluation_greedy]
+    # The algorithm
+    delta: float = 1.5  # > 1: length of the tether, the largest mu / pi; inf: no tether [clip_gpo]
+    learner_rl_coef: float = 1.0  # lambda: weight of the learner's PPO loss beside its KL [alpha]
+    # D15: these three are larger than the official defaults of 2.5e-4, 0.5 and 2.
+    learning_rate: float = 1e-3  # Adam's learning rate, of guider and learner [actor_lr]
+    max_grad_norm: float = 10.0  # largest norm of a gradient, for guider and learner separately
+    num_minibatches: int = 4  # minibatches per epoch
+    anneal_lr: bool = False  # let the learning rate fall linearly to 0 [decay_learning_rates]
+    num_steps: int = 128  # T: steps of one rollout in each environment [rollout_length]
+    update_epochs: int = 4  # passes over each rollout [ppo_epochs]
+    gamma: float = 0.99  # discount per step
+    gae_lambda: float = 0.95  # lambda of generalised advantage estimation
+    clip_coef: float = 0.2  # epsilon: PPO's clip of the probability ratio [clip_eps]
+    ent_coef: float = 0.01  # weight of the guider's entropy bonus; the learner has none
+    vf_coef: float = 0.5  # weight of the value loss
+    # The networks
+    guider: Literal["sable", "mat"] = "sable"  # the guider mixes agents by retention or attention
+    embed_dim: int = 64  # E: width of the guider [n_embd]
+    num_heads: int = 1  # H: heads of the guider [n_head]
+    num_blocks: int = 1  # blocks of the guider's encoder, and of its decoder [n_block]
+    guider_mlp: bool = True  # an MLP in each block; Sable's official tuned rows are without
+    learner_hidden_dim: int = 128  # width of the learner's two hidden layers
+
+
+# -------------------- Environment -----------------------------------------------------------------
+class Observation(NamedTuple):
+    agents_view: jax.Array  # (N, O) float32, the one-hot agent id first
+    action_mask: jax.Array  # (N, A) bool, True where legal; for continuous actions everywhere
+    global_state: jax.Array  # (S,) float32, what the guider alone may read
+
+
+class EnvState(NamedTuple):  # of one game
+    game: Any  # the environment's own state
+    obs: Observation
+    episode: dict  # so far, () float32 each: return, length, 1 if it is won
+
+
+class TeamEnv:
+    """A cooperative Jumanji environment as the algorithm sees it: one game, without auto-reset.
+
+    Its observations have agents_view (N, ..) and action_mask (N, A). Actions are (N,) integers, or
+    real numbers where action_spec is (N, A). extras["won"], () bool, is optional: for a win rate.
+    D1: the agent's one-hot id comes first in its view; the rest is passed on as it is.
+    D2: each agent gets the sum of all rewards, or its own if the environment has own_rewards set.
+    """
+
+    def __init__(self, env):
+        if not hasattr(env, "global_state"):
+            refuse("--env-id: needs an environment with global_state(state) -> (S,) float32")
+        self.env = env
+        _, timestep = jax.eval_shape(env.reset, jax.random.PRNGKey(0))
+        self.num_agents, self.num_actions = timestep.observation.action_mask.shape
+        self.example_action = env.action_spec.generate_value()
+        self.continuous = self.example_action.ndim == 2
+        self.own_rewards = getattr(env, "own_rewards", False)
+        self.has_win_rate = "won" in (timestep.extras or {})
+
+    def observe(self, game, timestep):
+        view = rearrange(timestep.observation.agents_view, "n ... -> n (...)")
+        view = jnp.concatenate([jnp.eye(self.num_agents), view], axis=-1)
+        mask = timestep.observation.action_mask
+        return Observation(view, mask, self.env.global_state(game))
+
+    def reset(self, key):
+        game, timestep = self.env.reset(key)
+        episode = dict.fromkeys(("return", "length", "won"), jnp.zeros(()))
+        return EnvState(game, self.observe(game, timestep), episode)
+
+    def step(self, state, action):
+        """action: (N,) int32 or (N, A) float32 -> EnvState, reward (N,), discount (), last ()."""
+        game, timestep = self.env.step(state.game, action)
+        last = timestep.last()
+        reward = timestep.reward if self.own_rewards else jnp.sum(timestep.reward)
+        reward = jnp.full(self.num_agents, reward, jnp.float32)
+        # D3: an agent may be done, with discount 0, long before the team's episode is over (in
+        # Connector: connected or stuck). The episode terminates once all discounts are 0.
+        discount = jnp.where(last, jnp.max(timestep.discount), 1.0)
+        won = last & timestep.extras["won"] if self.has_win_rate else 0.0
+        now = {"return": jnp.mean(reward), "length": 1.0, "won": won}
+        episode = jax.tree.map(jnp.add, state.episode, now)
+        return EnvState(game, self.observe(game, timestep), episode), reward, discount, last
+
+
+def make_env(env_id, scenario):
+    """Makes a registered Jumanji environment, or with tasks.py any of the papers' or your own."""
+    import jumanji  # here, because it starts JAX's backend, and the devices are set before that
+
+    if importlib.util.find_spec("tasks"):
+        import tasks
+        try:
+            return TeamEnv(tasks.make_trainable(env_id, scenario))
+        except tasks.TaskError as error:
+            refuse(error)
+    if scenario or env_id not in jumanji.registered_environments():
+        refuse(f"--env-id {env_id} --scenario {scenario}: needs tasks.py beside this file")
+    env = jumanji.make(env_id)
+    if not hasattr(env.observation_spec, "agents_view"):
+        refuse(f"--env-id {env_id}: its observation has no agents_view, which tasks.py may give it")
+    return TeamEnv(env)
+
+
+# -------------------- Networks --------------------------------------------------------------------
+class Dense(nn.Dense):
+    """A dense layer on (.., F). It flattens the samples, for a much faster gradient on a CPU."""
+
+    kernel_init: Callable = orthogonal(math.sqrt(2))
+
+    @nn.compact
+    def __call__(self, x):
+        flat = super().__call__(x.reshape(-1, x.shape[-1]))
+        return flat.reshape(*x.shape[:-1], -1)
+
+
+NORM = {"mat": nn.LayerNorm, "sable": nn.RMSNorm}
+
+
+class Mixer(nn.Module):
+    """Lets agents read each other, by attention (mat, arXiv 2205.14953) or retention (sable, arXiv
+    2410.01706), which without memory of earlier steps is attention without the softmax.
+
+    D6: Sable's matrices start as normal(1 / E), each head has a norm, a gate reads what keys read.
+    """
+
+    kind: str
+    num_heads: int
+
+    @nn.compact
+    def __call__(self, x, source, causal):
+        """x reads source, (.., N, E) both -> (.., N, E); if causal, no agent reads later ones."""
+        num_agents, embed_dim = x.shape[-2:]
+        is_mat = self.kind == "mat"
+        start = orthogonal(0.01) if is_mat else normal(1 / embed_dim)
+        dense = partial(Dense, embed_dim, use_bias=False, kernel_init=start)
+
+        def heads(name, tokens):
+            return rearrange(dense(name=name)(tokens), "... n (h e) -> ... h n e", h=self.num_heads)
+
+        queries = heads("query", x) / math.sqrt(embed_dim // self.num_heads)
+        scores = queries @ jnp.swapaxes(heads("key", source), -1, -2)  # (.., H, N, N)
+        seen = jnp.tri(num_agents, dtype=bool) if causal else True
+        weights = jax.nn.softmax(jnp.where(seen, scores, -1e9)) if is_mat else scores * seen
+        mixed = rearrange(weights @ heads("value", source), "... h n e -> ... n (h e)")
+        if not is_mat:
+            mixed = nn.GroupNorm(self.num_heads, reduction_axes=-1, name="head_norm")(mixed)
+            mixed *= nn.swish(dense(name="gate")(source))
+        return NORM[self.kind](name="norm")(x + dense(name="out")(mixed))
+
+
+class Mlp(nn.Module):
+    """A GELU MLP of two layers (mat), or a SwiGLU of three (sable): tokens (.., E) -> (.., E)."""
+
+    kind: str
+
+    @nn.compact
+    def __call__(self, x):
+        dense = partial(Dense, x.shape[-1])
+        up = dense(name="up")(x)
+        hidden = nn.gelu(up) if self.kind == "mat" else nn.swish(up) * dense(name="gate")(x)
+        out = dense(kernel_init=orthogonal(0.01), name="down")(hidden)  # D18: official Sable: zeros
+        return NORM[self.kind](name="norm")(x + out)
+
+
+class Policy(nn.Module):
+    """The last layer of both networks: features (.., F) -> a distribution for each agent."""
+
+    num_actions: int
+    continuous: bool
+
+    @nn.compact
+    def __call__(self, x, action_mask):
+        out = Dense(self.num_actions, kernel_init=orthogonal(0.01), name="out")(x)
+        if not self.continuous:  # illegal actions have probability 0
+            return distrax.Categorical(jnp.where(action_mask, out, -1e9), dtype=jnp.int32)
+        # D17: a Gaussian over u, of which tasks.py does tanh(u); its std is the same in all states.
+        log_std = self.param("log_std", constant(-0.5), (self.num_actions,))
+        gaussian = distrax.Normal(out, jnp.exp(jnp.clip(log_std, -5.0, 1.0)))
+        return distrax.Independent(gaussian, 1)
+
+
+class Guider(nn.Module):
+    """mu: an encoder of all observations with a value head, and a decoder of agent after agent."""
+
+    kind: str  # sable or mat
+    embed_dim: int
+    num_heads: int
+    num_blocks: int
+    num_actions: int
+    continuous: bool
+    has_mlp: bool = True
+
+    def setup(self):
+        norm = NORM[self.kind]
+        dense = partial(Dense, self.embed_dim)
+        mixer = partial(Mixer, self.kind, self.num_heads)
+        mlp = partial(Mlp, self.kind) if self.has_mlp else norm
+
+        def embed(*first):
+            return nn.Sequential([*first, dense(), nn.gelu, norm()])
+
+        self.obs_embed = embed(norm())
+        self.state_embed = nn.Sequential([norm(), dense(use_bias=False)])
+        self.encoder = [(mixer(), mlp()) for _ in range(self.num_blocks)]
+        self.value_head = nn.Sequential([embed(), Dense(1, kernel_init=orthogonal(0.01))])
+        self.nobody = self.param("nobody", normal(0.3), (self.num_actions,))  # for the first agent
+        self.action_embed = embed()
+        self.decoder = [(mixer(), mixer(), mlp()) for _ in range(self.num_blocks)]
+        self.policy_embed = embed()
+        self.policy = Policy(self.num_actions, self.continuous)
+
+    def encode(self, obs):
+        """obs (.., N, ..), its state (.., S) -> observation tokens (.., N, E), value (.., N)."""
+        x = self.obs_embed(obs.agents_view)
+        x += self.state_embed(obs.global_state)[..., None, :]  # the same for all agents
+        for mixer, mlp in self.encoder:
+            x = mlp(mixer(x, x, causal=False))
+        return x, self.value_head(x)[..., 0]
+
+    def decode(self, obs_tokens, obs, action):
+        """action (.., N, ..) -> policies (.., N): agent j's depends on actions of agents < j alone.
+
+        D7: the agents keep the order in which they acted.
+        """
+        told = jnp.tanh(action) if self.continuous else jax.nn.one_hot(action, self.num_actions)
+        told = jnp.roll(told, 1, axis=-2).at[..., 0, :].set(self.nobody)  # by the agent before
+        x = self.action_embed(told)
+        for self_mixer, cross_mixer, mlp in self.decoder:
+            x = self_mixer(x, x, causal=True)
+            x = mlp(cross_mixer(obs_tokens, x, causal=True))
+        return self.policy(self.policy_embed(x), obs.action_mask)
+
+    def __call__(self, obs, action):
+        """obs, action (.., N, ..) -> policies (.., N), value (.., N)."""
+        obs_tokens, value = self.encode(obs)
+        return self.decode(obs_tokens, obs, action), value
+
+
+class Learner(nn.Module):
+    """pi: one MLP for all agents, each of which sees its own observation alone, its id in it."""
+
+    hidden_dim: int
+    num_actions: int
+    continuous: bool
+
+    @nn.compact
+    def __call__(self, obs):
+        """obs (.., N, ..) -> policies (.., N)."""
+        x = nn.relu(Dense(self.hidden_dim)(obs.agents_view))
+        x = nn.relu(Dense(self.hidden_dim)(x))
+        return Policy(self.num_actions, self.continuous)(x, obs.action_mask)
+
+
+def make_networks(args, env):
+    sizes = (args.embed_dim, args.num_heads, args.num_blocks, env.num_actions, env.continuous)
+    learner = Learner(args.learner_hidden_dim, env.num_actions, env.continuous)
+    return Guider(args.guider, *sizes, args.guider_mlp), learner
+
+
+def guider_act(guider, params, obs, key, greedy=False):
+    """Agent after agent: obs (B, N, ..) -> action (B, N, ..), log_prob (B, N), value (B, N).
+
+    All agents decide at once, again and again with the same random numbers, until nobody changes an
+    action: a fixed point of the decoder. It is exact, because agent j needs the final actions of
+    agents < j alone, so that pass j settles it at the latest.
+    """
+    obs_tokens, value = guider.apply(params, obs, method="encode")
+
+    def undecided(carry):
+        passes, changed, *_ = carry
+        return changed & (passes < value.shape[-1])
+
+    def decide(carry):
+        passes, _, before, _ = carry
+        policy = guider.apply(params, obs_tokens, obs, before, method="decode")
+        action = policy.mode() if greedy else policy.sample(seed=key)
+        return passes + 1, jnp.any(action != before), action, policy.log_prob(action)
+
+    first = jnp.zeros_like(obs.action_mask, float)
+    first = first if guider.continuous else jnp.int32(first[..., 0])
+    carry = (0, True, first, jnp.zeros_like(value))
+    _, _, action, log_prob = lax.while_loop(undecided, decide, carry)
+    return action, log_prob, value
+
+
+def learner_act(learner, params, obs, key, greedy=False):
+    """Each agent from its own observation: obs (B, N, ..) -> action (B, N, ..), log_prob (B, N)."""
+    policy = learner.apply(params, obs)
+    action = policy.mode() if greedy else policy.sample(seed=key)
+    return action, policy.log_prob(action)
+
+
+# -------------------- Losses ----------------------------------------------------------------------
+class Transition(NamedTuple):  # one step; a rollout stacks them to (T, B, ..)
+    obs: Observation
+    action: jax.Array  # (N,) int32, or (N, A) float32 if continuous
+    behaviour_log_prob: jax.Array  # (N,) of the guider that acted, mu_old
+    value: jax.Array  # (N,) at collection, normalised
+    reward: jax.Array  # (N,)
+    discount: jax.Array  # () 0 where the episode terminated
+    last: jax.Array  # () bool, the episode ended: terminated or truncated
+    after: EnvState  # what followed, also at the end of an episode, without its game
+    advantage: Any = None  # (N,), once the rollout is complete
+    target: Any = None  # (N,) of the value, normalised
+
+
+class TrainState(NamedTuple):  # what one iteration hands to the next, on each device
+    params: dict  # of guider and learner
+    opt_state: Any
+    env_state: EnvState  # (B, ..)
+    key: jax.Array
+    value_scale: jax.Array  # (2,) mean and std of recent targets, in which values are told
+    iteration: jax.Array  # () int32, iterations done: what a schedule depends on
+
+
+def gae(rollout, next_value, gamma, gae_lambda):
+    """Generalised advantage estimation (arXiv 1506.02438): next_value (T, B, N) -> advantage.
+
+    D8: at a time limit that the environment signals as truncation (last, but discount 1) the value
+    of the true last observation is used. The official code takes every end for a termination.
+    """
+
+    def backwards(next_advantage, inputs):
+        step, next_value = inputs
+        error = step.reward + gamma * step.discount[:, None] * next_value - step.value
+        advantage = error + gamma * gae_lambda * ~step.last[:, None] * next_advantage
+        return advantage, advantage
+
+    start = jnp.zeros_like(next_value[0])
+    _, advantage = lax.scan(backwards, start, (rollout, next_value), reverse=True)
+    return advantage
+
+
+def double_clip(guider_log_prob, learner_log_prob, behaviour_log_prob, delta, clip_coef):
+    """The guider's ratio mu / mu_old, clipped twice (Eq. 9): to the tether, then as in PPO.
+
+    D9: clip(mu / pi, 1 / delta, delta) * pi, in log space: the nearest log-probability within the
+    tether. For delta = inf it is mu itself, to the bit. No gradient goes to the learner.
+    """
+    center = lax.stop_gradient(learner_log_prob)
+    reach = jnp.log(delta)
+    tethered = jnp.clip(guider_log_prob, center - reach, center + reach)
+    ratio = jnp.exp(tethered - behaviour_log_prob)
+    return jnp.clip(ratio, 1 - clip_coef, 1 + clip_coef)
+
+
+def ppo_loss(ratio, clipped_ratio, advantage):
+    """Mean of -min(r A, clipped r A); each agent has its own ratio (Corollary 4.2)."""
+    return -jnp.mean(jnp.minimum(ratio * advantage, clipped_ratio * advantage))
+
+
+def minibatch_loss(params, args, guider, learner, mb):
+    """Steps 2 to 4 on one minibatch -> total loss, dict of its parts.
+
+    Per sample and agent, for the action taken, with r = mu / mu_old:
+    Eq. 9   mean[-min(r A, double_clip A)] + mean[mask KL(mu || pi)] - ent_coef H + vf_coef L_value
+    Eq. 10  mean[KL(mu || pi)] + lambda mean[-min(rho A, clip(rho) A)] with rho = pi / mu_old
+    D10: one forward pass of each network serves all terms. Eq. 9 moves the guider alone, Eq. 10 the
+    learner, because each reads the other's policy through a stop_gradient.
+    """
+    guider_policy, value = guider.apply(params["guider"], mb.obs, mb.action)
+    learner_policy = learner.apply(params["learner"], mb.obs)
+    guider_log_prob = guider_policy.log_prob(mb.action)  # (M, N)
+    learner_log_prob = learner_policy.log_prob(mb.action)  # (M, N)
+    # Advantages are normalised over the minibatches of all devices together.
+    centered = mb.advantage - lax.pmean(jnp.mean(mb.advantage), "device")
+    variance = lax.pmean(jnp.mean(jnp.square(centered)), "device")
+    advantage = centered / (jnp.sqrt(variance) + 1e-8)
+
+    # STEP 2/4: the guider improves
+    log_ratio = guider_log_prob - mb.behaviour_log_prob
+    ratio = jnp.exp(log_ratio)
+    clipped_ratio = double_clip(
+        guider_log_prob, learner_log_prob, mb.behaviour_log_prob, args.delta, args.clip_coef)
+    guider_policy_loss = ppo_loss(ratio, clipped_ratio, advantage)
+    guider_entropy = jnp.mean(guider_policy.entropy())
+    value_loss = 0.5 * jnp.mean(jnp.square(value - mb.target))
+    loss = guider_policy_loss - args.ent_coef * guider_entropy + args.vf_coef * value_loss
+
+    # STEP 3/4: the learner follows. Theorem 4.1 has KL(pi || mu), which picks one mode of mu; this,
+    # as in the official code, covers all modes, unless the tether has mu choose one.
+    learner_kl = jnp.mean(lax.stop_gradient(guider_policy).kl_divergence(learner_policy))
+    learner_ratio = jnp.exp(learner_log_prob - mb.behaviour_log_prob)
+    clipped_ratio = jnp.clip(learner_ratio, 1 - args.clip_coef, 1 + args.clip_coef)
+    learner_policy_loss = ppo_loss(learner_ratio, clipped_ratio, advantage)
+    loss += learner_kl + args.learner_rl_coef * learner_policy_loss
+
+    # STEP 4/4: the guider backtracks, where mu / pi is beyond the tether's end for the action taken
+    mask = jnp.abs(guider_log_prob - learner_log_prob) > jnp.log(args.delta)
+    guider_kl = jnp.mean(mask * guider_policy.kl_divergence(lax.stop_gradient(learner_policy)))
+    loss += guider_kl
+
+    return loss, {
+        "guider_policy_loss": guider_policy_loss,
+        "guider_entropy": guider_entropy,
+        "guider_kl": guider_kl,
+        "value_loss": value_loss,
+        "learner_kl": learner_kl,
+        "learner_policy_loss": learner_policy_loss,
+        "learner_entropy": jnp.mean(learner_policy.entropy()),
+        "approx_kl": jnp.mean(ratio - 1 - log_ratio),  # http://joschu.net/blog/kl-approx.html
+        "clipfrac": jnp.mean(jnp.abs(ratio - 1) > args.clip_coef),
+        "delta_clipfrac": jnp.mean(mask),
+        "ratio": jnp.mean(ratio),
+    }
+
+
+# -------------------- Iteration -------------------------------------------------------------------
+def collect(args, env, guider, state):
+    """Plays T steps in B environments -> state, rollout (T, B, ..).
+
+    D11: fresh starts come from a pool of B made once per rollout, because a reset inside the step
+    would be computed for every environment in every step. The k-th episode that ends is followed by
+    entry k; if more than B end, the entries are used again from the first on.
+    """
+    key, pool_key, act_key = jax.random.split(state.key, 3)
+    batch_size = args.num_envs // args.num_devices
+    pool = jax.vmap(env.reset)(jax.random.split(pool_key, batch_size))
+
+    def step(carry, key):
+        before, num_ended = carry
+        # STEP 1/4: the guider acts
+        action, log_prob, value = guider_act(guider, state.params["guider"], before.obs, key)
+        after, *results = jax.vmap(env.step)(before, action)
+        results.append(after._replace(game=None))  # what the next values are of
+        transition = Transition(before.obs, action, log_prob, value, *results)
+        # The number of each ended episode, from 0; what the others get here is never used.
+        entry = (num_ended + jnp.cumsum(transition.last) - 1) % batch_size
+        fresh = jax.tree.map(lambda x: x[entry], pool)
+        ready = jax.tree.map(partial(jax.vmap(jnp.where), transition.last), fresh, after)
+        num_ended += jnp.sum(transition.last)
+        return (ready, num_ended), transition
+
+    keys = jax.random.split(act_key, args.num_steps)
+    (env_state, _), rollout = lax.scan(step, (state.env_state, 0), keys)
+    return state._replace(env_state=env_state, key=key), rollout
+
+
+def make_optimizer(args, rate):
+    """D12: an Adam for each network, so that neither's gradient norm scales the other's step."""
+    adam = optax.chain(optax.clip_by_global_norm(args.max_grad_norm), optax.adam(rate, eps=1e-5))
+    return optax.partition({"guider": adam, "learner": adam}, lambda tree: {x: x for x in tree})
+
+
+def train_iteration(args, env, guider, learner, state):
+    """One rollout and all updates from it, on each device -> state, metrics to add up."""
+    state, rollout = collect(args, env, guider, state)
+    # One pass of the encoder gives every next value, also those of the true last observations.
+    _, next_value = guider.apply(state.params["guider"], rollout.after.obs, method="encode")
+    # D19: values are told as (value - mean) / std of recent targets, for a loss of one scale.
+    mean, std = state.value_scale
+    scaled = rollout._replace(value=mean + std * rollout.value)
+    advantage = gae(scaled, mean + std * next_value, args.gamma, args.gae_lambda)
+    target = scaled.value + advantage
+    seen = lax.pmean(jnp.stack([jnp.mean(target), jnp.maximum(jnp.std(target), 0.1)]), "device")
+    share = jnp.maximum(0.1, 1 / (state.iteration + 1))  # the first ten iterations count alike
+    mean, std = value_scale = (1 - share) * state.value_scale + share * seen
+    rollout = rollout._replace(advantage=advantage, target=(target - mean) / std)
+    samples = jax.tree.map(lambda x: rearrange(x, "t b ... -> (t b) ..."), rollout)
+    key, shuffle_key = jax.random.split(state.key)
+    order = jnp.tile(jnp.arange(len(samples.action)), (args.update_epochs, 1))
+    order = jax.random.permutation(shuffle_key, order, axis=1, independent=True)
+    indices = rearrange(order, "epoch (mb m) -> (epoch mb) m", mb=args.num_minibatches)
+    num_iterations = args.total_timesteps // (args.num_envs * args.num_steps)
+    rate = args.learning_rate * (1 - args.anneal_lr * state.iteration / num_iterations)
+    optimizer = make_optimizer(args, rate)
+
+    def update(carry, index):
+        params, opt_state = carry
+        mb = jax.tree.map(lambda x: x[index], samples)
+        grads, losses = jax.grad(minibatch_loss, has_aux=True)(params, args, guider, learner, mb)
+        grads, losses = lax.pmean((grads, losses), "device")
+        losses |= {f"{name}_grad_norm": optax.tree.norm(grad) for name, grad in grads.items()}
+        updates, opt_state = optimizer.update(grads, opt_state)
+        return (optax.apply_updates(params, updates), opt_state), losses
+
+    (params, opt_state), losses = lax.scan(update, (state.params, state.opt_state), indices)
+    state = TrainState(params, opt_state, state.env_state, key, value_scale, state.iteration + 1)
+
+    losses["first_ratio"] = losses.pop("ratio")[0]  # 1 as long as acting and training agree
+    metrics = {f"losses/{name}": jnp.mean(x) for name, x in losses.items()}
+    metrics["charts/learning_rate"] = rate
+    # The advantage is the target less the value: its variance is what the values do not explain.
+    unexplained, total = lax.pmean((jnp.var(advantage), jnp.var(target)), "device")
+    metrics["losses/explained_variance"] = 1 - unexplained / (total + 1e-8)
+    ended = jax.tree.map(lambda x: jnp.sum(x * rollout.last), rollout.after.episode)
+    ended["episodes"] = jnp.sum(1.0 * rollout.last)
+    return state, metrics | lax.psum(ended, "device")
+
+
+def init_state(args, env, guider, learner, params_key, key):
+    """The first state. D13: params_key is the same on all devices, key is another on each."""
+    key, reset_key = jax.random.split(key)
+    reset_keys = jax.random.split(reset_key, args.num_envs // args.num_devices)
+    env_state = jax.vmap(env.reset)(reset_keys)
+    guider_key, learner_key = jax.random.split(params_key)
+    action = env.example_action[None]
+    params = {"guider": guider.init(guider_key, env_state.obs, action)}
+    params["learner"] = learner.init(learner_key, env_state.obs)
+    opt_state = make_optimizer(args, args.learning_rate).init(params)
+    return TrainState(params, opt_state, env_state, key, jnp.array([0.0, 1.0]), jnp.int32(0))
+
+
+# -------------------- Evaluation ------------------------------------------------------------------
+MAX_EPISODE_STEPS = 10_000  # evaluation gives up on longer episodes; raise it if yours are longer
+
+
+def play(env, act, num_episodes, key):
+    """Plays whole episodes at once, by act(obs, key) -> action, ..; NaN where one does not end."""
+    key, reset_key = jax.random.split(key)
+    env_state = jax.vmap(env.reset)(jax.random.split(reset_key, num_episodes))
+
+    def goes_on(carry):
+        env_state, ended, _ = carry
+        return jnp.any(~ended & (env_state.episode["length"] < MAX_EPISODE_STEPS))
+
+    def step(carry):
+        before, ended, key = carry
+        key, act_key = jax.random.split(key)
+        action, *_ = act(before.obs, act_key)
+        after, _, _, last = jax.vmap(env.step)(before, action)
+        episode = jax.tree.map(partial(jnp.where, ended), before.episode, after.episode)
+        return after._replace(episode=episode), ended | last, key
+
+    carry = (env_state, jnp.zeros(num_episodes, bool), key)
+    env_state, ended, _ = lax.while_loop(goes_on, step, carry)
+    return jax.tree.map(lambda x: jnp.where(ended, x, jnp.nan), env_state.episode)
+
+
+def evaluate(args, env, guider, learner, params, key):
+    """Learner and guider each play eval_episodes, from the same start states -> values to log."""
+    act = partial(learner_act, learner, params["learner"], greedy=args.eval_greedy)
+    episode = play(env, act, args.eval_episodes, key)
+    act = partial(guider_act, guider, params["guider"], greedy=args.eval_greedy)
+    guider_episode = play(env, act, args.eval_episodes, key)
+    row = {"eval/learner_return": jnp.mean(episode["return"])}
+    row["eval/learner_return_std"] = jnp.std(episode["return"])
+    row["eval/guider_return"] = jnp.mean(guider_episode["return"])
+    row["eval/imitation_gap"] = row["eval/guider_return"] - row["eval/learner_return"]
+    row["eval/episodic_length"] = jnp.mean(episode["length"])
+    if env.has_win_rate:
+        row["eval/win_rate"] = jnp.mean(episode["won"])
+    return row
+
+
+# -------------------- Saving ----------------------------------------------------------------------
+def refuse(reason, status=2):
+    """Ends the program with one line for the user; status 2: flags cannot work, 1: training."""
+    print(f"{SCRIPT}: error: {reason}", file=sys.stderr)
+    if status == 1 and jax.distributed.is_initialized():
+        os._exit(status)  # a common exit would wait for the other processes
+    sys.exit(status)
+
+
+def write_whole(path, data):
+    """Writes a file so that at any moment the old or the new one is there, whole."""
+    new = path.with_suffix(".new")
+    try:
+        new.write_bytes(data)
+        new.replace(path)
+    except OSError as error:
+        new.unlink(missing_ok=True)
+        refuse(f"cannot write {path}: {error.strerror}", status=1)
+
+
+def save_checkpoint(path, state, progress):
+    """Writes a tree of arrays, and what JSON can hold, as a zip of arrays with checksums."""
+    data = io.BytesIO()
+    np.savez(data, *jax.tree.leaves(state), progress=json.dumps(progress))
+    write_whole(path, data.getvalue())
+
+
+def load_checkpoint(path, like):
+    """Reads a state of the structure, shapes and types of `like`, and the progress."""
+    try:
+        with np.load(path) as file:
+            progress, *leaves = map(file.get, file.files)
+        progress = json.loads(str(progress))
+        state = jax.tree.unflatten(jax.tree.structure(like), leaves)
+        chex.assert_trees_all_equal_shapes_and_dtypes(state, like)
+        multihost_utils.assert_equal(progress["iteration"], "the processes stopped apart")
+        return state, progress
+    except Exception as error:  # a damaged file may raise about any
+        refuse(f"--resume: cannot use {path}: {error}".splitlines()[0])
+
+
+# -------------------- Logging ---------------------------------------------------------------------
+def open_run(args):
+    """Makes the run's folder, with args.json in it, and begins tracking -> folder, W&B's run."""
+    name = f"{args.env_id}__{args.scenario}__{args.exp_name}__{args.seed}".replace(":", "_")
+    now = int(time.time())
+    while Path(args.run_dir, f"{name}__{now}").exists():  # another run began in the same second
+        now += 1
+    now = multihost_utils.broadcast_one_to_all(now)
+    folder = Path(args.resume or f"{args.run_dir}/{name}__{now}")
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "jumanji")}
+    about = {"script": SCRIPT, "args": vars(args), "versions": versions}
+    tracker = None
+    if args.track and jax.process_index() == 0:
+        import wandb
+        try:
+            tracker = wandb.init(
+                project=args.wandb_project_name, config=about, name=folder.name,
+                id=folder.name[-64:], resume="allow")
+        except wandb.Error as error:
+            refuse(f"--track: {error}")
+    try:
+        folder.mkdir(parents=True, exist_ok=args.resume or args.distributed)
+    except OSError as error:
+        refuse(f"--run-dir {args.run_dir}: cannot make {folder}: {error.strerror}")
+    if jax.process_index() == 0:
+        write_whole(folder / "args.json", json.dumps(about, indent=2).encode())
+    return folder, tracker
+
+
+def interval_row(args, iteration, sums, before):
+    """Sums over the iterations since the last evaluation, of which `before` is the row -> row."""
+    steps, count = args.num_envs * args.num_steps, sums["iterations"]
+    row = {name: x / count for name, x in sums.items() if "/" in name}
+    row["global_step"] = iteration * steps
+    row["time/train_s"] = before["time/train_s"] + sums["seconds"]
+    if count > 0:
+        row["charts/SPS"] = count * steps / sums["seconds"]
+        row["charts/num_episodes"] = sums["episodes"]
+    if sums["episodes"] > 0:
+        row["charts/episodic_return"] = sums["return"] / sums["episodes"]
+        row["charts/episodic_length"] = sums["length"] / sums["episodes"]
+    return row
+
+
+def log(folder, tracker, rows, params):
+    """Writes metrics, networks and curve -> what to print of the newest row."""
+    row = rows[-1]
+    lines = "\n".join(map(json.dumps, rows)) + "\n"
+    write_whole(folder / "metrics.jsonl", lines.encode())
+    is_best = row["eval/learner_return"] == max(row["eval/learner_return"] for row in rows)
+    for network, tree in params.items():  # arrays have names such as params,Dense_0,kernel
+        data = safetensors.numpy.save(flatten_dict(tree, sep=","))
+        write_whole(folder / f"{network}.safetensors", data)
+        if is_best:  # of equals the later one
+            write_whole(folder / f"best_{network}.safetensors", data)
+    axes = Figure(layout="constrained").subplots()
+    returns = ["eval/guider_return", "eval/learner_return"]
+    pandas.DataFrame(rows).plot("global_step", returns, ax=axes, title=folder.name)
+    png = io.BytesIO()
+    axes.figure.savefig(png)
+    write_whole(folder / "learning_curve.png", png.getvalue())
+    if tracker:
+        tracker.log(row, step=row["global_step"])
+    returns = f"learner {row['eval/learner_return']:.2f}  guider {row['eval/guider_return']:.2f}"
+    return f"global_step={row['global_step']}  {returns}  SPS {row.get('charts/SPS', 0):.0f}"
+
+
+# -------------------- Starting --------------------------------------------------------------------
+def parse_args():
+    """Reads the flags; with --resume those of the run are the defaults, and few may differ."""
+    args = tyro.cli(Args)
+    if not args.resume:
+        return args
+    try:
+        about = json.loads(Path(args.resume, "args.json").read_text())
+        assert about["script"] == SCRIPT, f"it is one of {about['script']}"
+        here = {"resume": args.resume, "run_dir": str(Path(args.resume).parent)}
+        of_the_run = Args(**about["args"] | here)
+    except Exception as error:
+        refuse(f"--resume {args.resume}: is no run of {SCRIPT}: {error}")
+    args = tyro.cli(Args, default=of_the_run)
+    may_change = "total_timesteps num_evals eval_episodes eval_greedy track dry_run".split()
+    for name, value in vars(of_the_run).items():
+        if getattr(args, name) != value and name not in may_change:
+            refuse(f"--{name.replace('_', '-')}: the run has {value}; may change: {may_change}")
+    return args
+
+
+def start_jax(args):
+    """Sets JAX up before its first use, and fills in the number of devices."""
+    if jax.config.jax_disable_jit:
+        refuse("JAX_DISABLE_JIT: pmap has to be compiled; jax.debug.print shows what is inside")
+    jax.config.update("jax_enable_x64", False)
+    try:
+        if args.distributed:  # JAX finds SLURM, Open MPI, Kubernetes and TPU pods by itself
+            jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM away
+            numbers = ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+            numbers = [int(os.environ[name]) for name in numbers if name in os.environ]
+            jax.distributed.initialize(None, *numbers, heartbeat_timeout_seconds=30)
+        elif args.num_devices > 1:
+            jax.config.update("jax_num_cpu_devices", args.num_devices)
+        if args.distributed or args.num_devices == 0:
+            args.num_devices = jax.device_count()
+    except Exception as error:
+        refuse(f"JAX does not start (--distributed, JAX_PLATFORMS): {error!r}")
+
+
+def check_args(args):
+    """Refuses flags that cannot work, before anything is compiled."""
+
+    def check(name, holds, rule):
+        if not holds:
+            refuse(f"--{name.replace('_', '-')} {getattr(args, name)}: must be {rule}")
+
+    may_be_0 = "seed learner_rl_coef ent_coef vf_coef gamma gae_lambda".split()
+    for name, value in vars(args).items():
+        if type(value) in (int, float) and name != "delta":
+            highest = 1 if name in ("gamma", "gae_lambda") else 2**32 - 1
+            fits = 0 < value <= highest or value == 0 and name in may_be_0
+            bound = f"{'at least' if name in may_be_0 else 'above'} 0, and at most {highest}"
+            check(name, fits, bound)
+    check("delta", args.delta > 1, "above 1 (1.1 is a short tether, inf is none)")
+    check("embed_dim", args.embed_dim % args.num_heads == 0, "divisible by --num-heads")
+    steps, devices = args.num_envs * args.num_steps, args.num_devices
+    check("total_timesteps", args.total_timesteps >= steps, f"one rollout, {steps}, or more")
+    check("num_devices", devices <= jax.device_count(), f"at most {jax.device_count()}")
+    check("num_envs", args.num_envs % devices == 0, f"divisible by --num-devices {devices}")
+    samples = steps // devices  # of a rollout on a device
+    check("num_minibatches", samples % args.num_minibatches == 0, f"a divisor of {samples} samples")
+
+
+# -------------------- Training --------------------------------------------------------------------
+def train(args, env, folder, tracker):
+    """Compiles, trains, evaluates, logs, saves -> number of the signal that stopped it, if any."""
+    num_iterations = args.total_timesteps // (args.num_envs * args.num_steps)
+    process, processes = jax.process_index(), jax.process_count()
+    checkpoint = folder / f"checkpoint_{process}.npz"
+    parts = (args, env, *make_networks(args, env))
+    pmap = partial(jax.pmap, axis_name="device", devices=jax.devices()[: args.num_devices])
+    init = pmap(partial(init_state, *parts), in_axes=(None, 0))
+    iterate = pmap(partial(train_iteration, *parts), donate_argnums=0)
+    start = time.time()
+    key, params_key, eval_key = jax.random.split(jax.random.PRNGKey(args.seed), 3)
+    keys = jax.random.split(key, (processes, args.num_devices // processes))[process]
+    state, progress = init(params_key, keys), {"iteration": -1, "rows": [], "sums": {}}
+    if args.resume:
+        state, progress = load_checkpoint(checkpoint, state)
+    done, rows = progress["iteration"], progress["rows"]  # a row for each evaluation
+    if done >= num_iterations:
+        return print(f"--total-timesteps {args.total_timesteps}: these are done, nothing to do")
+    sums = collections.Counter(progress["sums"])  # of metrics since the last evaluation
+    if processes == 1:  # with several the first iteration compiles
+        iterate = iterate.lower(state).compile()
+    first = partial(jax.tree.map, lambda x: np.asarray(x)[0])  # of what the devices have, (D, ..)
+    params = first(state.params)
+    play_episodes = jax.jit(partial(evaluate, *parts)).lower(params, eval_key).compile()
+    compile_seconds = time.time() - start
+
+    for iteration in tqdm(range(done + 1, num_iterations + 1), disable=process > 0 or None):
+        if iteration > 0:
+            start = time.time()
+            state, metrics = iterate(state)
+            metrics = jax.tree.map(float, first(metrics))
+            sums.update(metrics, iterations=1, seconds=time.time() - start)
+            if not math.isfinite(sum(metrics.values())):
+                refuse(f"not all is finite in iteration {iteration}: {metrics}", status=1)
+        due = iteration * args.num_evals % num_iterations < args.num_evals  # evenly spaced
+        if due:
+            start = time.time()
+            params = first(state.params)
+            results = play_episodes(params, jax.random.fold_in(eval_key, iteration))
+            before = collections.Counter(*rows[-1:])
+            row = interval_row(args, iteration, sums, before) | jax.tree.map(float, results)
+            if math.isnan(sum(row.values())):
+                refuse(f"an episode goes on after {MAX_EPISODE_STEPS} steps", status=1)
+            row["time/compile_s"] = compile_seconds
+            row["time/eval_s"] = before["time/eval_s"] + time.time() - start
+            rows.append(row)
+            sums.clear()
+            if process == 0:
+                line = log(folder, tracker, rows, params)
+        told = int(np.max(multihost_utils.process_allgather(max(STOP))))
+        if due or told:
+            progress = {"iteration": iteration, "rows": rows, "sums": sums}
+            save_checkpoint(checkpoint, state, progress)
+        if due and process == 0:  # once all is saved, for nobody may read it (`| head -1`)
+            tqdm.write(line)
+            sys.stdout.flush()
+        if told:
+            return told
+
+
+STOP = [0]  # and the signals that told this process to stop
+
+
+def note_signal(number, frame):
+    """Ctrl-C, SIGTERM, or what a scheduler sends before it ends a job; the same again kills."""
+    STOP.append(number)
+    signal.signal(number, signal.SIG_DFL)
+
+
+def main():
+    """Reads and checks the flags, trains, and returns the exit status."""
+    args = parse_args()
+    start_jax(args)
+    check_args(args)
+    env = make_env(args.env_id, args.scenario)
+    print(f"{SCRIPT}: {env.num_agents} agents, {args.num_devices} x {jax.devices()[0].device_kind}")
+    if args.dry_run:
+        return 0
+    if not jax.config.jax_compilation_cache_dir:  # compiled programs are kept beside the runs
+        jax.config.update("jax_compilation_cache_dir", f"{args.run_dir}/.jax_cache")
+        jax.config.update("jax_compilation_cache_max_size", 2**30)  # with a limit it can be shared
+    folder, tracker = open_run(args)
+    try:
+        stopped_by = train(args, env, folder, tracker)
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        refuse(f"another process is lost: {error}", status=1)
+    if tracker:
+        tracker.finish()
+    print(f"metrics, networks and learning curve: {folder}")
+    if stopped_by:
+        print(f"{SCRIPT}: interrupted, --resume {folder} goes on", file=sys.stderr)
+        return 128 + stopped_by
+    return 0
+
+
+if __name__ == "__main__":
+    for number in signal.Signals:
+        ignored = signal.getsignal(number) == signal.SIG_IGN  # as nohup has it
+        if number.name in "SIGINT SIGTERM SIGHUP SIGUSR1".split() and not ignored:
+            signal.signal(number, note_signal)
+    sys.exit(main())
