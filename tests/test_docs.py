@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import itertools
+import json
 import math
 import os
 import pathlib
@@ -387,6 +388,20 @@ def test_sweep(monkeypatch, capsys, tmp_path):
     assert seen == list(itertools.product(*choices))
 
 
+def test_quickstart(call, monkeypatch, capsys, tmp_path):
+    """The notebook's cells one after the other, from docs/ as Jupyter starts them, fewer steps."""
+    monkeypatch.chdir(ROOT / "docs")
+    monkeypatch.setattr(sys, "argv", [])
+    notebook = json.loads((ROOT / "docs" / "quickstart.ipynb").read_text())
+    code = ["".join(x["source"]) for x in notebook["cells"] if x["cell_type"] == "code"]
+    text = re.sub(r"^%pip install .*$", "", "\n".join(code), flags=re.M)
+    text = text.replace("150_000", "4096").replace("runs/quickstart", str(tmp_path))
+    names = {}
+    exec(text, names)
+    assert names["rows"]["global_step"].tolist() == [0, 2048, 4096]
+    assert len(re.findall(r"step \d/100 \| target 10 \|", capsys.readouterr().out)) == 5
+
+
 # -------------------- The changes of the guide ----------------------------------------------------
 def guide_changes():
     """The guide's diff blocks, each a list of (lines before, lines after)."""
@@ -417,7 +432,7 @@ def load_changed(script, hunks, folder, monkeypatch):
 
 def test_change_of_the_learner(monkeypatch, tmp_path):
     """It has one dense layer more, of the same width."""
-    deeper, _ = guide_changes()
+    deeper, _, _ = guide_changes()
     script = load_changed("magpo_ff", deeper, tmp_path, monkeypatch)
     learner = script.Learner(8, 3, False)
     obs = script.Observation(np.zeros((1, 2, 5), np.float32), np.ones((1, 2, 3), bool))
@@ -430,7 +445,7 @@ def test_change_of_the_learner(monkeypatch, tmp_path):
 def test_schedules(script, monkeypatch, tmp_path):
     """The guide's goes from 4 to --delta in either script, and those of the other page do what is
     said of them; all of them can be traced."""
-    _, shorter = guide_changes()
+    _, shorter, _ = guide_changes()
     _, lines = usage_blocks("python")
     above = "    optimizer = make_optimizer(args, rate)\n"
     shorter.append((above, lines + above))
@@ -456,9 +471,29 @@ def test_schedules(script, monkeypatch, tmp_path):
     assert jax.eval_shape(on_one_device(module.train_iteration, *parts), state)[0] == state
 
 
+def test_order_of_agents(monkeypatch, tmp_path):
+    """It is drawn for each episode and kept in it; every agent plays what was decided for it."""
+    *_, drawn = guide_changes()
+    script = load_changed("magpo_ff", drawn, tmp_path, monkeypatch)
+    env = script.make_env("MPE_simple_spread_v3", "")
+    state = jax.vmap(env.reset)(jax.random.split(jax.random.PRNGKey(0), 20))
+    assert len({tuple(order) for order in state.order.tolist()}) == 6
+    action = np.random.default_rng(0).normal(size=(20, 3, 5)).astype(np.float32)
+    after, reward, *_ = jax.vmap(env.step)(state, action)
+    np.testing.assert_array_equal(after.order, state.order)
+    np.testing.assert_array_equal(np.argmax(after.obs.agents_view[..., :3], -1), state.order)
+    plain = magpo_ff.make_env("MPE_simple_spread_v3", "")
+    back = np.argsort(state.order, axis=1)
+    own_action = np.take_along_axis(action, back[..., None], axis=1)
+    fixed = magpo_ff.EnvState(state.game, None, state.episode)
+    expected, own_reward, *_ = jax.vmap(plain.step)(fixed, own_action)
+    jax.tree.map(np.testing.assert_array_equal, after.game, expected.game)
+    np.testing.assert_allclose(np.take_along_axis(np.asarray(reward), back, 1), own_reward)
+
+
 @pytest.fixture(scope="module")
 def changed_run(environ, tmp_path_factory):
-    """The folder of a tiny run of magpo_ff.py with both changes of the guide."""
+    """The folder of a tiny run of magpo_ff.py with all changes of the guide."""
     folder = tmp_path_factory.mktemp("changed")
     hunks = [hunk for hunks in guide_changes() for hunk in hunks]
     (folder / "magpo_changed.py").write_text(change("magpo_ff", hunks))

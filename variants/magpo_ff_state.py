@@ -852,7 +852,7 @@ def train(args, env, folder, tracker):
             before = collections.Counter(*rows[-1:])
             row = interval_row(args, iteration, sums, before) | jax.tree.map(float, results)
             if math.isnan(sum(row.values())):
-                refuse(f"an episode goes on after {MAX_EPISODE_STEPS} steps", status=1)
+                refuse(f"a reward is NaN, or an episode has over {MAX_EPISODE_STEPS} steps", 1)
             row["time/compile_s"] = compile_seconds
             row["time/eval_s"] = before["time/eval_s"] + time.time() - start
             rows.append(row)
