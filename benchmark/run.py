@@ -21,6 +21,7 @@ import ast
 import functools
 import glob
 import json
+import math
 import os
 import re
 import shlex
@@ -71,8 +72,9 @@ def read_defaults(script: str) -> dict:
         statements = ast.parse(file.read()).body
     (args_class,) = [x for x in statements if getattr(x, "name", "") == "Args"]
     fields = [x for x in args_class.body if isinstance(x, ast.AnnAssign)]
-    defaults = {x.target.id: getattr(x.value, "value", None) for x in fields}
-    # the one that is no constant
+    infinite = {x.target.id: math.inf for x in fields if ast.unparse(x.value) == "math.inf"}
+    defaults = {x.target.id: getattr(x.value, "value", None) for x in fields} | infinite
+    # the other one that is no constant
     return defaults | {"exp_name": os.path.basename(script).removesuffix(".py")}
 
 

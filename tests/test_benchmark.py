@@ -41,7 +41,7 @@ FILES = [os.path.join(ROOT, "benchmark", f"{name}.txt") for name in NAMES]
 
 # Writes the steps that a training script writes, without training. --sleep is in seconds.
 TOY = """
-import dataclasses, json, os, time
+import dataclasses, json, math, os, time
 import tyro
 
 @dataclasses.dataclass
@@ -57,7 +57,7 @@ class Args:
     total_timesteps: int = 1_05
     num_evals: int = 2
     eval_episodes: int = 2
-    delta: float = 1.5
+    delta: float = math.inf
     anneal_lr: bool = False
     sleep: float = 0.0
     fail: bool = False
@@ -435,7 +435,7 @@ def test_lines_are_joined_and_comments_dropped(tmp_path):
 
 def test_parse_takes_defaults_and_flags(toy):
     command = run.parse(
-        'python toy.py --seed 3 --scenario "" --delta=inf --anneal-lr --total-timesteps 1_000')
+        'python toy.py --seed 3 --scenario "" --num-envs=2 --anneal-lr --total-timesteps 1_000')
     assert command.script == "toy.py"
     assert command.args == {
         "exp_name": "toy", "seed": 3, "run_dir": "runs", "num_devices": 0, "env_id": "CoordSum-v0",

@@ -294,7 +294,9 @@ class Guider(nn.Module):
             return nn.Sequential([*first, dense(), nn.gelu, norm()])
 
         self.obs_embed = embed(norm())
-        self.state_embed = nn.Sequential([norm(), dense(use_bias=False)])
+        # It starts small, so that it does not drown what the agents see before it is of use.
+        small = dense(use_bias=False, kernel_init=orthogonal(0.01))
+        self.state_embed = nn.Sequential([norm(), small])
         self.encoder = [(mixer(), mlp()) for _ in range(self.num_blocks)]
         self.value_head = nn.Sequential([embed(), Dense(1, kernel_init=orthogonal(0.01))])
         self.nobody = self.param("nobody", normal(0.3), (self.num_actions,))  # for the first agent
