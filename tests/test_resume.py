@@ -72,7 +72,8 @@ def test_resumed_equals_uninterrupted(script, devices, whole, environ, tmp_path)
     assert about["args"]["total_timesteps"] == 640
 
 
-@pytest.mark.parametrize("flags", [[], *slow([pytest.param(["--total-timesteps", "320"])])])
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [[], ["--total-timesteps", "320"]])
 def test_resuming_a_finished_run(flags, whole, environ, tmp_path):
     """Nothing is left to do, also in a moved folder; nothing is made where it is called."""
     finished = whole(SCRIPT, *BUDGET)

@@ -149,7 +149,7 @@ def test_only_the_guider_reads_the_state():
     obs = with_state.Observation(*mb.obs, jnp.zeros((4, 6)))
     embed = knowing.init(jax.random.PRNGKey(0), obs, mb.action)["params"]["state_embed"]
     own = {"params": params["guider"]["params"] | {"state_embed": embed}}
-    guided = knowing.apply(own, obs, mb.action)
+    guided = jax.jit(knowing.apply)(own, obs, mb.action)
     for x, y in zip(jax.tree.leaves(guided), jax.tree.leaves(plain)):
         np.testing.assert_allclose(x, y, atol=1e-6)
 
@@ -159,7 +159,7 @@ def test_only_the_guider_reads_the_state():
         policy, value = knowing.apply(own, seen, mb.action)
         return learner, policy.logits, value
 
-    learner, *guided = jax.jacobian(outputs)(random_like(1, obs.global_state))
+    learner, *guided = jax.jit(jax.jacobian(outputs))(random_like(1, obs.global_state))
     assert np.all(learner == 0)
     for read in guided:  # by each agent of each sample, and from its own game
         of_game = np.abs(read).reshape(4, 2, -1, 4, 6).sum(axis=(1, 2, 4))

@@ -10,8 +10,8 @@ only tethers it. Here the guider is the learner of the last reset, its base, plu
 
 No gradient moves the base. Every --reset-every iterations the learner becomes the base and the last
 layer of f is set to zero: then mu is pi, for all observations, and what f knows before its last
-layer is kept. The imitation gap that is logged is what the reset after it takes away. Without a
---delta there is no tether besides.
+layer is kept. The imitation gap that is logged is what the reset after it takes away. What is said
+of a tether below is in force as well if a --delta is given.
 
 Two policies are trained together, for a team of N agents of which each sees a part of the state:
 
