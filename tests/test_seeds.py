@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 import safetensors.numpy
-from conftest import CLOCKS, read_rows, run_program, slow
+from conftest import CLOCKS, read_rows, run_program
 
 from examples import seeds
 
@@ -41,7 +41,8 @@ def test_seeds_side_by_side(script, environ, tmp_path):
         assert array.ndim < 2 or not np.allclose(array, networks[2][name])
 
 
-@pytest.mark.parametrize("script", ["magpo_ff.py", *slow([pytest.param("baselines/mappo_ff.py")])])
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["magpo_ff.py", "baselines/mappo_ff.py"])
 def test_default_sizes(script, environ, tmp_path):
     """The README's command starts, with networks of their usual sizes, and its seeds do not wait
     for each other for ever, as the QR of orthogonal matrices does where it is done side by side."""
