@@ -31,8 +31,8 @@ among them, checked, and adapted where they need it.
 A suite is one function from a scenario's name to an environment, and one entry of `SUITES`. The
 function raises ValueError, with what is allowed, on a name that it cannot use; `make` puts the flag
 before it. The names, and what they stand for, are those of Multi-Agent Guided Policy Optimization
-(arXiv 2507.18059) and of the benchmarks it takes them from. D4, D5 and D16 are details of
-the README.
+(arXiv 2507.18059) and of the benchmarks it takes them from. D4, D5, D16 and D17 are
+details of docs/details.md.
 """
 
 import argparse

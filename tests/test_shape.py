@@ -42,8 +42,8 @@ ALLOWED_DIFFERENCES = {
         "Args", "TrainState", "check_args", "init_state", "train_iteration"},
     ("magpo_ff", "magpo_ff_residual"): {"Args", "Guider", "make_networks", "train_iteration"},
     ("magpo_ff", "magpo_ff_state"): {
-        "Guider", "Observation", "TeamEnv.__init__", "TeamEnv.observe", "TeamEnv.reset",
-        "TeamEnv.step", "guider_act", "train_iteration"},
+        "Guider", "Observation", "TeamEnv.observe", "TeamEnv.reset", "TeamEnv.step", "guider_act",
+        "main", "train_iteration"},
     ("magpo_rec", "mappo_rec"): {
         "Args", "Policy", "TrainState", "Transition", "check_args", "collect", "evaluate",
         "init_hidden", "init_state", "log", "make_networks", "make_optimizer", "minibatch_loss",

@@ -102,8 +102,8 @@ def test_after_a_reset_the_guider_is_the_learner(continuous):
     jax.tree.map(np.testing.assert_array_equal, kept, params)
     reset = residual.backtrack(residual.Args(reset_every=2), state).params
     before, after = params["guider"]["params"], reset["guider"]["params"]
-    changed = {name for name in after if after[name] is not before[name] and any(
-        np.any(x != y) for x, y in zip(*map(jax.tree.leaves, (after[name], before[name]))))}
+    differs = jax.tree.map(lambda x, y: np.any(x != y), before, after)
+    changed = {name for name, found in differs.items() if any(jax.tree.leaves(found))}
     assert changed == {"base", "correction"}
     jax.tree.map(np.testing.assert_array_equal, reset["learner"], params["learner"])
 
@@ -194,11 +194,11 @@ def test_global_states(env_id):
         assert found[:12].tolist() == state.game_state.p_pos.ravel().tolist()
 
 
-def test_environment_without_a_global_state(capsys):
+def test_environment_without_a_global_state(call):
     """It is refused in one line."""
-    with pytest.raises(SystemExit, match="2"):
-        with_state.TeamEnv(object())
-    assert "needs an environment with global_state" in capsys.readouterr().err
+    status, _, err = call(with_state, "--env-id", "examples.my_env:Meet-v0", "--dry-run")
+    assert status == 2 and len(err.splitlines()) == 1
+    assert "--env-id examples.my_env:Meet-v0: needs a method global_state" in err
 
 
 # -------------------- All of them -----------------------------------------------------------------

@@ -29,7 +29,7 @@ taken, mu / pi should stay within [1 / delta, delta]. An iteration has four step
     3. follow     the learner: KL(mu || pi) + lambda * its PPO loss    `minibatch_loss`
     4. backtrack  the guider by a KL, where it is beyond the tether    `minibatch_loss`
 
-Steps 2 to 4 are one gradient step on each minibatch. To backtrack, no parameter is copied: the
+Steps 2 to 4 are one gradient step on each minibatch. The tether, too, brings the guider back: the
 double clip stops the PPO gradient that leads further out, and outside the KL pulls the guider back.
 
 Shapes in comments: T steps of a rollout, B environments on a device, M samples of a minibatch, N
@@ -553,7 +553,7 @@ def make_optimizer(args, rate):
 
 
 def backtrack(args, state):
-    """mu = pi (Theorem 4.1), if a reset is due; Adam's moments are kept."""
+    """The state with mu = pi (Theorem 4.1), if a reset is due; Adam's moments are kept."""
     params = state.params["guider"]["params"]
     reset = params | {"base": state.params["learner"]["params"]}
     reset["correction"] = jax.tree.map(jnp.zeros_like, params["correction"])

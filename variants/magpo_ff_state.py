@@ -141,8 +141,6 @@ class TeamEnv:
     """
 
     def __init__(self, env):
-        if not hasattr(env, "global_state"):
-            refuse("--env-id: needs an environment with global_state(state) -> (S,) float32")
         self.env = env
         _, timestep = jax.eval_shape(env.reset, jax.random.PRNGKey(0))
         self.num_agents, self.num_actions = timestep.observation.action_mask.shape
@@ -887,6 +885,8 @@ def main():
     start_jax(args)
     check_args(args)
     env = make_env(args.env_id, args.scenario)
+    if not hasattr(env.env, "global_state"):
+        refuse(f"--env-id {args.env_id}: needs a method global_state(state) -> (S,) float32")
     print(f"{SCRIPT}: {env.num_agents} agents, {args.num_devices} x {jax.devices()[0].device_kind}")
     if args.dry_run:
         return 0
