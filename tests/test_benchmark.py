@@ -35,8 +35,8 @@ import tasks_table  # noqa: E402
 
 import tasks  # noqa: E402
 
-NAMES = """ablation coordsum coordsum_rec defaults figure1 heatmap memory paper rware rware_rec
-    saddle_seeds suites suites_ff tuning variants""".split()
+NAMES = """ablation agents coordsum coordsum_rec defaults figure1 heatmap memory paper rware
+    rware_rec saddle_seeds suites suites_ff tuning variants""".split()
 FILES = [os.path.join(ROOT, "benchmark", f"{name}.txt") for name in NAMES]
 
 # Writes the steps that a training script writes, without training. --sleep is in seconds.
