@@ -375,10 +375,10 @@ def committed_table(name, guider_of):
 
 
 def test_the_readme_has_the_committed_returns_of_the_suites():
-    readme = readme_tables("Five suites without memory")
+    readme = readme_tables("Six suites without memory")
     runs = ["magpo", "mappo", "ctds", "ctce", "ctds_mat", "ctce_mat"]
     table = committed_table("suites_ff", {"ctds": "ctce", "ctds_mat": "ctce_mat"})
-    assert len(table) == 5 * len(runs)
+    assert len(table) == 6 * len(runs)
     for line in table:
         scenario = line["task"].split()[1]
         (name,) = [name for name in readme if f" `{scenario}`" in name]
