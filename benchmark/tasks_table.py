@@ -15,18 +15,17 @@ sys.path.insert(0, os.path.dirname(FOLDER))
 import tasks  # noqa: E402
 
 SYSTEMS = ["Sable", "MAT", "MAPPO", "IPPO"]
-RESULTS = ["suites", "rware_rec", "coordsum_rec", "paper"]
+RESULTS = ["rware_rec", "paper"]
 LAST = 3  # evaluations whose mean is a run's final result
 HEAD = """\
 # The paper's 43 tasks
 
 Written by `python benchmark/tasks_table.py` from `benchmark/sable_table.csv`, and from
-`suites.csv`, `rware_rec.csv`, `coordsum_rec.csv` and `paper.csv` in `benchmark/results`. The
-published columns are the absolute metric after 20M steps of the Sable paper (arXiv 2410.01706); the
-MAGPO paper gives no numbers for single tasks. *Here* is the learner of `magpo_rec.py` with its
-tuned hyperparameters: the mean of the last three evaluations of 32 episodes of each seed, after so
-many steps. For Connector both are the share of boards on which
-all are connected, for the others returns.
+`rware_rec.csv` and `paper.csv` in `benchmark/results`. The published columns are the absolute
+metric after 20M steps of the Sable paper (arXiv 2410.01706); the MAGPO paper gives no numbers for
+single tasks. *Here* is the learner of `magpo_rec.py` with its tuned hyperparameters: the mean of
+the last three evaluations of 32 episodes of each seed, after so many steps. For Connector both are
+the share of boards on which all are connected, for the others returns.
 
 """
 

@@ -35,8 +35,8 @@ import tasks_table  # noqa: E402
 
 import tasks  # noqa: E402
 
-NAMES = """ablation agents coordsum coordsum_rec defaults figure1 heatmap memory paper rware
-    rware_rec saddle_seeds suites suites_ff tuning variants""".split()
+NAMES = """agents coordsum figure1 heatmap memory paper rware rware_rec saddle_seeds suites_ff
+    suites_rec tuning variants""".split()
 FILES = [os.path.join(ROOT, "benchmark", f"{name}.txt") for name in NAMES]
 
 # Writes the steps that a training script writes, without training. --sleep is in seconds.
@@ -687,21 +687,18 @@ COLUMNS = {  # of the official list -> the flag, where its name is another
 }
 
 
-@pytest.mark.parametrize("name", ["coordsum_rec", "rware_rec", "suites", "suites_ff"])
+@pytest.mark.parametrize("name", ["rware_rec", "suites_ff", "suites_rec"])
 def test_commands_have_the_tuned_hyperparameters_that_their_file_promises(name):
-    """MAPPO has rows of its own for CoordSum alone, and uses them in coordsum_rec.txt; elsewhere it
-    has those of MAGPO. suites_ff.txt takes only delta and lambda."""
+    """MAPPO has those of MAGPO. The suites take only delta and lambda."""
     table = pd.read_csv(os.path.join(ROOT, "benchmark", "tuned_params.csv"), comment="#")
     table["learning_rate"] = table["actor_lr"].fillna(table["critic_lr"])
     table["scenario"] = table["task"].replace(paper.SCENARIOS)
     rows = table.rename(columns=COLUMNS).set_index(["system_name", "scenario"])
     for line in run.read_lines(os.path.join(ROOT, "benchmark", f"{name}.txt")):
         args = run.parse(line).args
-        system = args["exp_name"] if name == "coordsum_rec" else "magpo"
-        row = rows.loc["magpo" if system == "ctds" else system, args["scenario"]]
-        flags = [] if name == "suites_ff" else list(TUNED)
-        if "delta" in args and name != "suites_ff":
-            flags += TUNED_NETWORK
+        row = rows.loc["magpo", args["scenario"]]
+        flags = [] if "suites" in name else [*TUNED, *TUNED_NETWORK]
+        flags = [x for x in flags if x in args]
         if args["exp_name"] == "magpo":
             flags += TETHER
         assert {x: args[x] for x in flags} == {x: row[x] for x in flags}, line
