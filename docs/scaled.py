@@ -1,7 +1,7 @@
-r"""CoordSum 3x10-30 with its target told at one scale, where the paper's agents see 0 to 29 as it is.
+r"""CoordSum 3x10-30 with its target told at the scale of one, not as a number from 0 to 29.
 
-    python magpo_ff.py --env-id docs.scaled:Scaled-v0 --delta 1.3 --learner-rl-coef 2 --num-envs 16 \
-        --total-timesteps 300_000
+    python magpo_ff.py --env-id docs.scaled:Scaled-v0 --delta 1.3 --learner-rl-coef 2 \
+        --num-envs 16 --total-timesteps 300_000
 
 The guider's first layer is a norm over an agent's features, its one-hot id and the target. It
 divides by the target, so that large targets look alike: what is left of the id is 1 / target.

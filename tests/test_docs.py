@@ -269,7 +269,7 @@ def test_saddle(monkeypatch, capsys, tmp_path):
     assert run_here("docs/saddle.py", monkeypatch, *flags) == 0
     frame = pd.read_csv(csv)
     assert sorted(frame["global_step"].unique()) == [0, 96, 128]
-    assert set(frame["run"]) == {"seed 4, delta 4, then 1.1"}
+    assert set(frame["run"]) == {"seed 1, delta 4, then 1.1"}
     sums = frame.groupby(["global_step", "agent"])["probability"].sum()
     np.testing.assert_allclose(sums, 1, atol=1e-3)
     start = frame[frame["global_step"] == 0]
@@ -320,12 +320,20 @@ def test_commands_of_the_benchmark(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     for flags in commands_of("benchmark/run.py"):
         run_here("benchmark/run.py", monkeypatch, *flags, "--dry-run")
-        assert capsys.readouterr().out.count("--exp-name delta_") == 25
+        assert capsys.readouterr().out.count("--exp-name delta_") == 28
     (flags,) = commands_of("benchmark/speed.py")
     speed = load(ROOT / "benchmark" / "speed.py", monkeypatch)
     options = tyro.cli(speed.Options, args=flags)
     settings = [("magpo_rec.py", "sable", name, 64, 128) for name in ("2x10-30", "8x10-30")]
     assert speed.settings(options) == settings
+
+
+def test_scaled_tells_the_same_target(monkeypatch):
+    scaled = load(ROOT / "docs" / "scaled.py", monkeypatch)
+    for seed in range(5):
+        state, timestep = scaled.Scaled().reset(jax.random.PRNGKey(seed))
+        told = timestep.observation.agents_view * scaled.STD + scaled.MEAN
+        np.testing.assert_allclose(told, np.full((3, 1), state.target), atol=1e-5)
 
 
 def test_heatmap(monkeypatch, capsys, tmp_path):
