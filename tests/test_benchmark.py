@@ -35,8 +35,8 @@ import tasks_table  # noqa: E402
 
 import tasks  # noqa: E402
 
-NAMES = """agents coordsum figure1 heatmap memory paper rware rware_rec saddle_seeds scale suites_ff
-    tuning variants""".split()
+NAMES = """agents coordsum figure1 heatmap memory paper rware_rec saddle_seeds scale suites_ff tuning
+    variants""".split()
 FILES = [os.path.join(ROOT, "benchmark", f"{name}.txt") for name in NAMES]
 
 # Writes the steps that a training script writes, without training. --sleep is in seconds.
@@ -648,7 +648,7 @@ def test_every_command_is_one_that_its_script_takes(monkeypatch):
             if "paper" not in path:
                 scenarios.add((args.env_id, args.scenario))
     for env_id, scenario in scenarios:
-        tasks.make(env_id, scenario)  # raises if not
+        tasks.make(tasks.import_module_of(env_id), scenario)  # raises if not
     # run.py adds flags at the end: the later of two values counts.
     flags = ["--total-timesteps", "9", "--total-timesteps", "7"]
     assert tyro.cli(module.Args, args=flags).total_timesteps == 7
