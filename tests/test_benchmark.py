@@ -35,8 +35,8 @@ import tasks_table  # noqa: E402
 
 import tasks  # noqa: E402
 
-NAMES = """agents coordsum figure1 heatmap memory paper rware_rec saddle_seeds scale suites_ff tuning
-    variants""".split()
+NAMES = """agents coordsum figure1 heatmap memory paper rware_rec saddle_seeds scale suites_ff
+    tuning variants""".split()
 FILES = [os.path.join(ROOT, "benchmark", f"{name}.txt") for name in NAMES]
 
 # Writes the steps that a training script writes, without training. --sleep is in seconds.
