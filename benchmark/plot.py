@@ -4,7 +4,7 @@ results in Markdown.
     python benchmark/plot.py benchmark/runs/figure1 --export benchmark/results/figure1.csv
     python benchmark/plot.py benchmark/results/figure1.csv --out kl.png --panels gap learner_kl
     python benchmark/plot.py runs --out speed.png --panels learner --keys charts/SPS
-    python benchmark/plot.py benchmark/runs/ablation --out ablation.png --bars
+    python benchmark/plot.py benchmark/runs/heatmap --out bars.png --bars
 
 Runs that differ only in their seed are a group: same environment, scenario and --exp-name. Lines
 and bars are means over seeds, with 95% bootstrap intervals over seeds: rather too narrow where
