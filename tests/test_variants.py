@@ -40,49 +40,30 @@ def iterate(script, start=(), **flags):
 
 
 # -------------------- Tether of its own length ----------------------------------------------------
-def test_an_adaptive_tether_that_may_cost_anything_is_a_fixed_one():
+def test_an_adaptive_tether_that_is_never_too_long_is_a_fixed_one():
     """It then stays at --delta, and the parameters are those of magpo_ff.py."""
     fixed, _ = iterate(magpo_ff, delta=1.3)
-    state, metrics = iterate(adaptive, delta=1.3, max_cost=1e3)
+    state, metrics = iterate(adaptive, delta=1.3, target_kl=1e3)
     np.testing.assert_allclose(metrics["charts/delta"], 1.3, rtol=1e-6)
+    np.testing.assert_allclose(state.log_delta, np.log(1.3), rtol=1e-6)
     for x, y in zip(jax.tree.leaves(state.params), jax.tree.leaves(fixed.params)):
         np.testing.assert_allclose(x, y, atol=1e-4)
 
 
-@pytest.mark.slow
-def test_an_adaptive_tether_shortens_where_deciding_apart_costs():
-    """From where it was, by the rate times the difference, within its bounds; else it lengthens."""
+def test_an_adaptive_tether_follows_the_kl():
+    """From where it was, by the rate times the difference, within its bounds; and it is used."""
     start = {"log_delta": jnp.log(1.2)}
-    state, metrics = iterate(adaptive, start, delta=1.5, max_cost=1e-6, tether_rate=0.1)
-    cost = float(metrics["charts/cost"])
-    assert 0.01 < abs(cost) < 1
-    np.testing.assert_allclose(state.log_delta, np.log(1.2) + 0.1 * (1e-6 - cost), atol=1e-5)
-    state, _ = iterate(adaptive, start, delta=1.5, max_cost=1e-6, tether_rate=1e6)
-    bound = adaptive.SHORTEST if cost > 0 else 1.5
-    np.testing.assert_allclose(state.log_delta, np.log(bound), rtol=1e-5)
-
-
-def test_cost_of_deciding_apart_by_hand():
-    """Nothing if the learner is the guider; all of the advantage if it never does what pays."""
-
-    class Learner:
-        def apply(self, params, obs):
-            return self
-
-        def log_prob(self, action):
-            return self.log_probs
-
-    advantage = jnp.array([[1.0, -1.0]])[..., None] * jnp.ones(2)  # (1 step, 2 environments, 2)
-    behaviour = jnp.log(jnp.full((1, 2, 2), 0.5))
-    fields = dict.fromkeys(adaptive.Transition._fields)
-    fields |= {"behaviour_log_prob": behaviour, "advantage": advantage}
-    rollout = adaptive.Transition(**fields)
-    learner = Learner()
-    never, twice = jnp.full(2, -jnp.inf), jnp.log(jnp.full(2, 0.5 * 2**0.5))
-    for log_probs, cost in ((behaviour[0], 0), ([never, twice], 1), ([twice, never], -1)):
-        learner.log_probs = jnp.stack(list(log_probs))[None]
-        found = on_one_device(adaptive.cost_of_deciding_apart, learner, {"learner": None})(rollout)
-        np.testing.assert_allclose(found, cost, atol=1e-5)
+    fixed, expected = iterate(magpo_ff, delta=1.2)
+    state, metrics = iterate(adaptive, start, target_kl=0.02, tether_rate=0.1)
+    kl = metrics["losses/learner_kl"]
+    np.testing.assert_allclose(kl, expected["losses/learner_kl"], rtol=1e-4)
+    np.testing.assert_allclose(state.log_delta, np.log(1.2) + 0.1 * (0.02 - kl), atol=1e-5)
+    for x, y in zip(jax.tree.leaves(state.params), jax.tree.leaves(fixed.params)):
+        np.testing.assert_allclose(x, y, atol=1e-4)
+    args = adaptive.Args(delta=4, target_kl=0.02, tether_rate=2)
+    for learner_kl, bound in ((10, adaptive.SHORTEST), (0.02, 1.2), (-10, 4)):
+        found = adaptive.tether(args, jnp.log(1.2), learner_kl)
+        np.testing.assert_allclose(found, np.log(bound), rtol=1e-5)
 
 
 # -------------------- Exact backtracking ----------------------------------------------------------

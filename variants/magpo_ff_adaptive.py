@@ -3,15 +3,13 @@
     python variants/magpo_ff_adaptive.py --env-id RobotWarehouse-v0
     python variants/magpo_ff_adaptive.py --env-id CoordSum-v0 --scenario 3x10=10 --learner-rl-coef 4
 
-The paper tunes delta for each task, by how well the guider can be imitated. How far the learner is
-from the guider does not tell, but what the distance costs does: of the guider's advantages A, in
-their std, the team loses
+The paper tunes delta for each task, by how well the guider can be imitated. Here one number serves
+all tasks, how far the learner may be from the guider, and the tether's length follows:
 
-    cost = E_mu[(1 - prod_j pi_j / mu_j) A] / std(A)
+    log(delta) <- log(delta) + rate * (target - KL(mu || pi))    after each iteration
 
-if the agents decide apart (the performance difference lemma, Kakade & Langford 2002, to the first
-order). The tether gets shorter while that is more than --max-cost, and longer again, up to --delta,
-while it is less.
+It gets shorter while the KL of an agent is above --target-kl, and longer, up to --delta, while it
+is below; PPO's penalty adapts in the same way (Schulman et al. 2017, section 4).
 
 Two policies are trained together, for a team of N agents of which each sees a part of the state:
 
@@ -96,8 +94,8 @@ class Args:  # tyro shows the comment behind a flag as its help; [in brackets]: 
     eval_episodes: int = 32  # episodes that learner and guider each play in an evaluation
     eval_greedy: bool = False  # evaluate the likeliest actions, not sampled [evaluation_greedy]
     # The algorithm
-    delta: float = 1.5  # longest tether, where it costs nothing: the largest mu / pi [clip_gpo]
-    max_cost: float = 0.01  # what deciding apart may cost, in std of the team's advantage
+    delta: float = 4.0  # longest tether, with which training starts: the largest mu / pi [clip_gpo]
+    target_kl: float = 0.02  # KL(mu || pi) of an agent, above which the tether gets shorter
     tether_rate: float = 2.0  # how fast log(delta) follows the difference between the two
     learner_rl_coef: float = 1.0  # lambda: weight of the learner's PPO loss beside its KL [alpha]
     # D15: these three are larger than the official defaults of 2.5e-4, 0.5 and 2.
@@ -528,25 +526,19 @@ def collect(args, env, guider, state):
     return state._replace(env_state=env_state, key=key), rollout
 
 
-SHORTEST = 1.02  # what delta stays above
-
-
-def cost_of_deciding_apart(learner, params, rollout):
-    """E_mu[(1 - prod_j pi_j / mu_j) A] / std(A) over a rollout (T, B, ..), mean of the devices."""
-    log_prob = learner.apply(params["learner"], rollout.obs).log_prob(rollout.action)
-    log_ratio = jnp.sum(log_prob - rollout.behaviour_log_prob, axis=-1)  # (T, B)
-    # A tether bounds the ratio of the team by delta ** N; what is beyond 10 is noise.
-    ratio = jnp.minimum(jnp.exp(log_ratio), 10)
-    team = jnp.mean(rollout.advantage, axis=-1)  # (T, B)
-    team = (team - jnp.mean(team)) / (jnp.std(team) + 1e-8)
-    cost = jnp.mean((1 - ratio) * team)
-    return lax.pmean(cost, "device")
-
-
 def make_optimizer(args, rate):
     """D12: an Adam for each network, so that neither's gradient norm scales the other's step."""
     adam = optax.chain(optax.clip_by_global_norm(args.max_grad_norm), optax.adam(rate, eps=1e-5))
     return optax.partition({"guider": adam, "learner": adam}, lambda tree: {x: x for x in tree})
+
+
+SHORTEST = 1.02  # what delta stays above
+
+
+def tether(args, log_delta, learner_kl):
+    """log(delta) of the next iteration, after one whose mean KL(mu || pi) of an agent was this."""
+    log_delta += args.tether_rate * (args.target_kl - learner_kl)
+    return jnp.clip(log_delta, jnp.log(SHORTEST), jnp.log(args.delta))
 
 
 def train_iteration(args, env, guider, learner, state):
@@ -564,11 +556,6 @@ def train_iteration(args, env, guider, learner, state):
     share = jnp.maximum(0.1, 1 / (state.iteration + 1))  # the first ten iterations count alike
     mean, std = value_scale = (1 - share) * state.value_scale + share * seen
     rollout = rollout._replace(advantage=advantage, target=(target - mean) / std)
-    cost = cost_of_deciding_apart(learner, state.params, rollout)
-    log_delta = state.log_delta + args.tether_rate * (args.max_cost - cost)
-    log_delta = jnp.clip(log_delta, jnp.log(SHORTEST), jnp.log(args.delta))
-    delta = jnp.exp(log_delta)
-    args = dataclasses.replace(args, delta=delta)  # for the losses of this iteration
     samples = jax.tree.map(lambda x: rearrange(x, "t b ... -> (t b) ..."), rollout)
     key, shuffle_key = jax.random.split(state.key)
     order = jnp.tile(jnp.arange(len(samples.action)), (args.update_epochs, 1))
@@ -577,25 +564,27 @@ def train_iteration(args, env, guider, learner, state):
     num_iterations = args.total_timesteps // (args.num_envs * args.num_steps)
     rate = args.learning_rate * (1 - args.anneal_lr * state.iteration / num_iterations)
     optimizer = make_optimizer(args, rate)
+    tethered = dataclasses.replace(args, delta=jnp.exp(state.log_delta))
 
     def update(carry, index):
         params, opt_state = carry
         mb = jax.tree.map(lambda x: x[index], samples)
-        grads, losses = jax.grad(minibatch_loss, has_aux=True)(params, args, guider, learner, mb)
+        grads, losses = jax.grad(minibatch_loss, has_aux=True)(
+            params, tethered, guider, learner, mb)
         grads, losses = lax.pmean((grads, losses), "device")
         losses |= {f"{name}_grad_norm": optax.tree.norm(grad) for name, grad in grads.items()}
         updates, opt_state = optimizer.update(grads, opt_state)
         return (optax.apply_updates(params, updates), opt_state), losses
 
     (params, opt_state), losses = lax.scan(update, (state.params, state.opt_state), indices)
+    log_delta = tether(args, state.log_delta, jnp.mean(losses["learner_kl"]))
     state = TrainState(
         params, opt_state, state.env_state, key, value_scale, log_delta, state.iteration + 1)
 
     losses["first_ratio"] = losses.pop("ratio")[0]  # 1 as long as acting and training agree
     metrics = {f"losses/{name}": jnp.mean(x) for name, x in losses.items()}
     metrics["charts/learning_rate"] = rate
-    metrics["charts/delta"] = delta
-    metrics["charts/cost"] = cost
+    metrics["charts/delta"] = tethered.delta
     # The advantage is the target less the value: its variance is what the values do not explain.
     unexplained, total = lax.pmean((jnp.var(advantage), jnp.var(target)), "device")
     metrics["losses/explained_variance"] = 1 - unexplained / (total + 1e-8)
