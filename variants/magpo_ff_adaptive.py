@@ -95,7 +95,7 @@ class Args:  # tyro shows the comment behind a flag as its help; [in brackets]: 
     eval_greedy: bool = False  # evaluate the likeliest actions, not sampled [evaluation_greedy]
     # The algorithm
     delta: float = 4.0  # longest tether, with which training starts: the largest mu / pi [clip_gpo]
-    target_kl: float = 0.02  # KL(mu || pi) of an agent, above which the tether gets shorter
+    target_kl: float = 0.01  # KL(mu || pi) of an agent, above which the tether gets shorter
     tether_rate: float = 2.0  # how fast log(delta) follows the difference between the two
     learner_rl_coef: float = 1.0  # lambda: weight of the learner's PPO loss beside its KL [alpha]
     # D15: these three are larger than the official defaults of 2.5e-4, 0.5 and 2.
