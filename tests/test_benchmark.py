@@ -361,33 +361,51 @@ def numbers(text):
 def readme_tables(heading):
     """The rows of a section's tables in benchmark/README.md, by first cell; the first counts."""
     with open(os.path.join(ROOT, "benchmark", "README.md")) as file:
-        _, section = file.read().split(f"\n## {heading}\n")
-    lines = section.split("\n## ")[0].splitlines()
+        _, section = re.split(rf"\n##+ {heading}\n", file.read())
+    lines = section.split("\n##")[0].splitlines()
     rows = [line.split("|")[1:-1] for line in lines if line.startswith("|")]
     return {cells[0].strip(): [cell.strip() for cell in cells[1:]] for cells in rows[::-1]}
 
 
-def committed_table(name, guider_of):
+def committed_table(name):
     """The table of results/NAME.csv, a dict a group, with numbers of three digits."""
+    guider_of = {"ctds": "ctce", "ctds_mat": "ctce_mat"} if name == "suites_ff" else {}
     file = os.path.join(ROOT, "benchmark", "results", f"{name}.csv")
     frame = evaluations.group(evaluations.read([file]), "", {}, guider_of)
     return aggregate.make_table(evaluations.final(frame, 3)).to_dict("records")
 
 
-def test_the_readme_has_the_committed_returns_of_the_suites():
-    readme = readme_tables("Six suites without memory")
-    runs = ["magpo", "mappo", "ctds", "ctce", "ctds_mat", "ctce_mat"]
-    table = committed_table("suites_ff", {"ctds": "ctce", "ctds_mat": "ctce_mat"})
-    assert len(table) == 6 * len(runs)
-    for line in table:
-        scenario = line["task"].split()[1]
-        (name,) = [name for name in readme if f" `{scenario}`" in name]
-        cell = readme[name][runs.index(line["run"])]
-        expected = numbers(line["learner [95% CI]"])
-        if "won" in cell:
-            expected.append(round(100 * float(line["win_rate"])))
-        np.testing.assert_allclose(numbers(cell), expected, rtol=5e-3, atol=6e-3, err_msg=name)
-        assert line["seeds"] == 5
+LEARNER = "learner [95% CI]"
+SUITES = ["magpo", "mappo", "ctds", "ctce", "ctds_mat", "ctce_mat"]
+MAGPO = [("suites_ff", "magpo", column) for column in (LEARNER, "guider")]
+EXACT, STATE, STATE_FREE = (
+    [("variants", run, column) for column in (LEARNER, "guider")]
+    for run in ("exact", "state", "state_free"))
+
+
+@pytest.mark.parametrize("heading, num_tasks, columns", [
+    ("Six suites without memory", 6, [("suites_ff", run, LEARNER) for run in SUITES]),
+    ("A tether that sets its own length", 6, [("variants", "adaptive", LEARNER), MAGPO[0]]),
+    ("Exact backtracking", 2, [*MAGPO, *EXACT]),
+    ("A guider that knows the state", 3, [*MAGPO, *STATE, *STATE_FREE])])
+def test_the_readme_has_the_committed_returns_of_the_suites(heading, num_tasks, columns):
+    """In the rows that name a scenario, a column each; behind a return may be the share won."""
+    committed = {}
+    for name in {name for name, _, _ in columns}:
+        for line in committed_table(name):
+            committed[name, line["task"].split()[1], line["run"]] = line
+    scenarios = {scenario for _, scenario, _ in committed}
+    rows = {name.rpartition(" ")[2].strip("`"): x for name, x in readme_tables(heading).items()}
+    rows = {scenario: cells for scenario, cells in rows.items() if scenario in scenarios}
+    assert len(rows) == num_tasks
+    for scenario, cells in rows.items():
+        for cell, (name, run, column) in zip(cells, columns, strict=False):
+            line = committed[name, scenario, run]
+            expected = numbers(line[column])
+            if "won" in cell:
+                expected.append(round(100 * float(line["win_rate"])))
+            where = f"{scenario} {run}"
+            np.testing.assert_allclose(numbers(cell), expected, 5e-3, 6e-3, err_msg=where)
 
 
 def test_the_readme_has_the_committed_returns_of_figure_1():
@@ -396,7 +414,7 @@ def test_the_readme_has_the_committed_returns_of_figure_1():
         "magpo_mat": "MAGPO, mat", "magpo_sable": "MAGPO, sable", "ctds_mat": "CTDS, mat",
         "ctds_sable": "CTDS, sable", "mappo": "MAPPO",
     }
-    table = committed_table("figure1", {})
+    table = committed_table("figure1")
     assert {line["run"] for line in table} == set(names)
     for line in table:
         seeds, *cells, kl = readme[names[line["run"]]]

@@ -6,7 +6,7 @@
 Training often happens in a simulator, which can tell what no agent sees. Here the guider reads it,
 added to the token of each agent, while the learner sees its own observation alone, as before:
 
-    tokens_j = embed(o_j) + W norm(global state)
+    tokens_j = embed(o_j) + W (global state / its length)
 
 The more the guider knows, the more of what it does the learner cannot follow, and the more there is
 for the tether to hold back. With a global state of zeros this is magpo_ff.py. It is asked for by
@@ -271,6 +271,11 @@ class Policy(nn.Module):
         return distrax.Independent(gaussian, 1)
 
 
+def unit_length(x):
+    """(.., S) -> the same at length 1: hundreds of features would drown what the agents see."""
+    return x / jnp.linalg.norm(x, axis=-1, keepdims=True).clip(1e-6)
+
+
 class Guider(nn.Module):
     """mu: an encoder of all observations with a value head, and a decoder of agent after agent."""
 
@@ -292,9 +297,8 @@ class Guider(nn.Module):
             return nn.Sequential([*first, dense(), nn.gelu, norm()])
 
         self.obs_embed = embed(norm())
-        # It starts small, so that it does not drown what the agents see before it is of use.
-        small = dense(use_bias=False, kernel_init=orthogonal(0.01))
-        self.state_embed = nn.Sequential([norm(), small])
+        small = dense(use_bias=False, kernel_init=orthogonal(1.0))
+        self.state_embed = nn.Sequential([unit_length, small])
         self.encoder = [(mixer(), mlp()) for _ in range(self.num_blocks)]
         self.value_head = nn.Sequential([embed(), Dense(1, kernel_init=orthogonal(0.01))])
         self.nobody = self.param("nobody", normal(0.3), (self.num_actions,))  # for the first agent
