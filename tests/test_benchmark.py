@@ -384,7 +384,7 @@ EXACT, STATE, STATE_FREE = (
 
 
 @pytest.mark.parametrize("heading, num_tasks, columns", [
-    ("Six suites without memory", 6, [("suites_ff", run, LEARNER) for run in SUITES]),
+    ("Six suites without memory", 6, [("suites_ff", group, LEARNER) for group in SUITES]),
     ("A tether that sets its own length", 6, [("variants", "adaptive", LEARNER), MAGPO[0]]),
     ("Exact backtracking", 2, [*MAGPO, *EXACT]),
     ("A guider that knows the state", 3, [*MAGPO, *STATE, *STATE_FREE])])
@@ -399,12 +399,12 @@ def test_the_readme_has_the_committed_returns_of_the_suites(heading, num_tasks, 
     rows = {scenario: cells for scenario, cells in rows.items() if scenario in scenarios}
     assert len(rows) == num_tasks
     for scenario, cells in rows.items():
-        for cell, (name, run, column) in zip(cells, columns, strict=False):
-            line = committed[name, scenario, run]
+        for cell, (name, group, column) in zip(cells[:len(columns)], columns, strict=True):
+            line = committed[name, scenario, group]
             expected = numbers(line[column])
             if "won" in cell:
                 expected.append(round(100 * float(line["win_rate"])))
-            where = f"{scenario} {run}"
+            where = f"{scenario} {group}"
             np.testing.assert_allclose(numbers(cell), expected, 5e-3, 6e-3, err_msg=where)
 
 
