@@ -9,7 +9,7 @@ all tasks, how far the learner may be from the guider, and the tether's length f
     log(delta) <- log(delta) + rate * (target - KL(mu || pi))    after each iteration
 
 It gets shorter while the KL of an agent is above --target-kl, and longer, up to --delta, while it
-is below; PPO's penalty adapts in the same way (Schulman et al. 2017, section 4).
+is below. PPO's penalty follows a target KL, too (Schulman et al. 2017, section 4).
 
 Two policies are trained together, for a team of N agents of which each sees a part of the state:
 

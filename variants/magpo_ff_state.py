@@ -297,8 +297,8 @@ class Guider(nn.Module):
             return nn.Sequential([*first, dense(), nn.gelu, norm()])
 
         self.obs_embed = embed(norm())
-        small = dense(use_bias=False, kernel_init=orthogonal(1.0))
-        self.state_embed = nn.Sequential([unit_length, small])
+        weights = dense(use_bias=False, kernel_init=orthogonal(1.0))
+        self.state_embed = nn.Sequential([unit_length, weights])
         self.encoder = [(mixer(), mlp()) for _ in range(self.num_blocks)]
         self.value_head = nn.Sequential([embed(), Dense(1, kernel_init=orthogonal(0.01))])
         self.nobody = self.param("nobody", normal(0.3), (self.num_actions,))  # for the first agent
