@@ -31,7 +31,7 @@ among them, checked, and adapted where they need it.
 A suite is one function from a scenario's name to an environment, and one entry of `SUITES`. The
 function raises ValueError, with what is allowed, on a name that it cannot use; `make` puts the flag
 before it. The names, and what they stand for, are those of Multi-Agent Guided Policy Optimization
-(arXiv 2507.18059) and of the benchmarks it takes them from. D4, D5, D16 and D17 are
+(arXiv 2507.18059) and of the benchmarks it takes them from. D1, D4, D5, D16 and D17 are
 details of docs/details.md.
 """
 
@@ -643,12 +643,8 @@ def make_trainable(env_id: str, scenario: str = "") -> Environment:
     """
     env = make(import_module_of(env_id), scenario)
     check(env_id, env)
-    if needs_adapter(env):
-        env = Adapter(env)
-    state, timestep = jax.eval_shape(env.reset, jax.random.PRNGKey(0))
-    shape = env.action_spec.shape
-    action = jax.ShapeDtypeStruct(shape, jnp.int32 if len(shape) == 1 else jnp.float32)
-    jax.eval_shape(env.step, state, action)  # an environment's own errors show up here
+    env = Adapter(env)
+    check_step(env_id, env)
     return env
 
 
@@ -680,10 +676,7 @@ def is_continuous(env: Environment) -> bool:
 
 
 def check(env_id: str, env: Environment) -> None:
-    """TaskError if an environment lacks what training needs.
-
-    What it gives counts, not its observation_spec, which nothing here needs.
-    """
+    """TaskError if an environment lacks what training needs."""
     _, timestep = jax.eval_shape(env.reset, jax.random.PRNGKey(0))
     observation = timestep.observation
     discrete = isinstance(env.action_spec, specs.MultiDiscreteArray)
@@ -691,8 +684,9 @@ def check(env_id: str, env: Environment) -> None:
     missing = [field for field in needed if not hasattr(observation, field)]
     if missing:
         raise TaskError(f"--env-id {env_id}: its observation has no {' and no '.join(missing)}")
-    if not (discrete or is_continuous(env)):
-        needs = "one discrete action per agent, a MultiDiscreteArray, or continuous ones,"
+    one_each = discrete and len(env.action_spec.shape) == 1
+    if not (one_each or is_continuous(env)):
+        needs = "one discrete action per agent, a MultiDiscreteArray (N,), or continuous ones,"
         needs += " a BoundedArray (N, A) of floats with finite bounds, not "
         needs += " ".join(str(env.action_spec).split())  # bounds may take several lines
         raise TaskError(f"--env-id {env_id}: needs {needs}")
@@ -702,13 +696,69 @@ def check(env_id: str, env: Environment) -> None:
         name = "action_mask" if discrete else "action_spec"
         needs = f"agents_view (N, ...) and {name} (N, A), not {view_shape} and {mask_shape}"
         raise TaskError(f"--env-id {env_id}: needs {needs}")
+    bounds = getattr(env.observation_spec, "agents_view", None)
+    if isinstance(bounds, specs.BoundedArray) and bounds.shape != view_shape:
+        differs = f"{bounds.shape} in its spec and {view_shape} in a reset"
+        raise TaskError(f"--env-id {env_id}: agents_view is {differs}")
+    if discrete:
+        check_mask(env_id, env, observation.action_mask)
 
 
-def needs_adapter(env: Environment) -> bool:
-    """True if there are continuous actions, images, or state that numpy cannot hold."""
+def check_mask(env_id: str, env: Environment, mask: jax.ShapeDtypeStruct) -> None:
+    """TaskError if the action_mask is not of the actions that the spec has, by agent (N,)."""
+    num_values = np.asarray(env.action_spec.num_values)
+    shape = (len(num_values), int(num_values.max()))
+    if mask.shape != shape or mask.dtype != bool:
+        needs = f"{shape} of bool, as its action_spec has, not {mask.shape} of {mask.dtype}"
+        raise TaskError(f"--env-id {env_id}: its action_mask must be {needs}")
+    if np.any(num_values != num_values.max()):
+        _, timestep = jax.jit(env.reset)(jax.random.PRNGKey(0))
+        beyond = np.arange(num_values.max()) >= num_values[:, None]
+        if np.any(beyond & np.asarray(timestep.observation.action_mask)):
+            raise TaskError(
+                f"--env-id {env_id}: its action_mask must be False beyond an agent's own actions, "
+                f"of which its action_spec has {num_values.tolist()}"
+            )
+
+
+def check_step(env_id: str, env: Environment) -> None:
+    """TaskError if a step does not give what a reset gives, for training puts one in place of the
+    other. Errors of the environment itself show up here."""
+
+    def describe(state, timestep):
+        names = ("observation", "reward", "discount", "extras")
+        parts = {"state": state, **{name: getattr(timestep, name) for name in names}}
+        leaves = jax.tree_util.tree_leaves_with_path(parts)
+        return {
+            jax.tree_util.keystr(path, simple=True, separator="."): f"{x.dtype}{list(x.shape)}"
+            for path, x in leaves
+        }
+
     state, timestep = jax.eval_shape(env.reset, jax.random.PRNGKey(0))
-    odd_state = any(kind_of(leaf) is not leaf.dtype for leaf in jax.tree.leaves(state))
-    return is_continuous(env) or timestep.observation.agents_view.dtype == jnp.uint8 or odd_state
+    shape = env.action_spec.shape
+    action = jax.ShapeDtypeStruct(shape, jnp.int32 if len(shape) == 1 else jnp.float32)
+    of_reset = describe(state, timestep)
+    of_step = describe(*jax.eval_shape(env.step, state, action))
+    for name in of_reset | of_step:
+        first, then = (x.get(name, "nothing") for x in (of_reset, of_step))
+        if first != then:
+            raise TaskError(f"--env-id {env_id}: {name} is {first} in a reset, {then} in a step")
+
+
+def feature_scale(env: Environment) -> tuple[jax.Array, jax.Array]:
+    """Mean and std of features with bounds, were all numbers between as frequent; 0 and 1 for all
+    others. Images without bounds, views of uint8, are taken for 0 and 255.
+    """
+    spec = getattr(env.observation_spec, "agents_view", None)
+    lowest = jnp.float32(getattr(spec, "minimum", -math.inf))
+    reach = (jnp.float32(getattr(spec, "maximum", math.inf)) - lowest) / 2
+    is_bounded = (reach >= 0) & (reach < 1e8)  # larger numbers are no bounds
+    std = jnp.where(reach > 0, reach / math.sqrt(3), 1)
+    _, timestep = jax.eval_shape(env.reset, jax.random.PRNGKey(0))
+    is_image = timestep.observation.agents_view.dtype == jnp.uint8
+    if is_image and not isinstance(spec, specs.BoundedArray):
+        return jnp.float32(0), jnp.float32(255)
+    return jnp.where(is_bounded, lowest + reach, 0), jnp.where(is_bounded, std, 1)
 
 
 def is_typed_key(leaf: jax.Array) -> bool:
@@ -723,19 +773,24 @@ def kind_of(leaf: jax.Array) -> Any:
 
 
 class Adapter(Wrapper):
-    """An environment with what the scripts expect in place of what they cannot handle.
+    """An environment as the scripts expect it.
 
+    D1: features with bounds, in the spec of agents_view, are told with mean 0 and std 1, as if all
+    numbers between were as frequent; others as they are. A network may begin with a norm, in which
+    a large feature drowns the rest.
+    An agent without any legal action has action 0 as its only one.
     D17: continuous actions u are any real numbers, of which the environment does tanh(u), scaled to
     the bounds. The derivative of tanh is the same for two policies, so it cancels in their ratios
     and KLs, and nothing overflows where tanh saturates. All of them are legal in the action_mask.
-    Views of uint8, which are images, are divided by 255. State that numpy cannot hold, such as keys
-    of jax.random.key and bfloat16, is kept as what it can hold, so that it can be saved.
+    State that numpy cannot hold, such as keys of jax.random.key and bfloat16, is kept as what it
+    can hold, so that it can be saved.
     """
 
     def __init__(self, env: Environment):
         super().__init__(env)
         self.continuous = is_continuous(env)
         self.own_spec = env.action_spec  # some make it anew each time, which fails inside jit
+        self.mean, self.std = feature_scale(env)
 
         def note(key):
             state = jax.tree.map(jnp.asarray, env.reset(key)[0])  # Python's numbers, too
@@ -782,13 +837,12 @@ class Adapter(Wrapper):
 
     def adapt(self, timestep: TimeStep) -> TimeStep:
         """The timestep with `VectorObservation`."""
-        view = timestep.observation.agents_view
-        if view.dtype == jnp.uint8:
-            view = view / 255
+        view = (timestep.observation.agents_view - self.mean) / self.std
         if self.continuous:
             mask = jnp.ones(self.own_spec.shape, bool)
         else:
             mask = timestep.observation.action_mask
+            mask = mask.at[:, 0].max(~jnp.any(mask, axis=-1))
         return timestep.replace(observation=VectorObservation(view, mask))
 
     @property

@@ -78,6 +78,8 @@ def main():
     options = tyro.cli(Options)
     try:
         script, env, act, make_hidden = load_team(options)
+        if min(options.episodes, options.max_frames) < 1:
+            raise ValueError("--episodes and --max-frames: must be 1 or more")
         if options.gif and getattr(env.env, "animate", None) is None:
             needs = "animate(states, interval, save_path), as examples/my_env.py has it"
             raise ValueError(f"--gif {options.gif}: the environment needs a method {needs}")
@@ -96,8 +98,11 @@ def main():
     if env.has_win_rate:
         figures["win rate"] = episode["won"]
     for name, x in figures.items():  # not a number, if an episode goes on without an end
-        interval = 1.96 * np.std(x, ddof=1) / np.sqrt(options.episodes)
-        print(f"{name}: {np.mean(x):.3f} +- {interval:.3f} (95%, normal approximation)")
+        figure = f"{name}: {np.mean(x):.3f}"
+        if options.episodes > 1:
+            interval = 1.96 * np.std(x, ddof=1) / np.sqrt(options.episodes)
+            figure += f" +- {interval:.3f} (95%, normal approximation)"
+        print(figure)
     if options.gif:
         states, total = play_episode(options, env, act, make_hidden)
         # Half the usual resolution makes a file of a third of the size.

@@ -11,7 +11,6 @@ of them cost little.
 import collections
 import dataclasses
 import importlib
-import math
 import sys
 import time
 from functools import partial
@@ -47,7 +46,9 @@ def load_script(path):
 def main():
     options, flags = tyro.cli(Options, return_unknown_args=True)
     script = load_script(options.script)
-    args = tyro.cli(script.Args, args=flags)
+    command, sys.argv[1:] = list(sys.argv), flags
+    args, starts = script.parse_args()
+    starts[-1]["command"] = command
     for flag in ("seed", "num_devices", "resume", "distributed", "track", "dry_run"):
         if getattr(args, flag) != getattr(script.Args, flag):
             script.refuse(f"--{flag.replace('_', '-')}: not with seeds side by side")
@@ -60,7 +61,7 @@ def main():
         script.check_args(own_args)
     env = script.make_env(args.env_id, args.scenario)
     parts = (args, env, *script.make_networks(args, env))
-    folders = [script.open_run(own_args)[0] for own_args in every_args]
+    folders, locks, _ = zip(*(script.open_run(own_args, starts) for own_args in every_args))
 
     # Everything has a leading axis of seeds, and one of the device: (S, 1, ..). The states are made
     # seed after seed: side by side the orthogonal matrices would be, too, whose QR then hangs.
@@ -99,8 +100,7 @@ def main():
                 before = collections.Counter(rows[i][-1] if rows[i] else {})
                 row = script.interval_row(args, iteration, sums[i], before)
                 row |= {name: float(x[i]) for name, x in results.items()}
-                if not math.isfinite(sum(row.values())):
-                    script.refuse(f"seed {seed}: not all is finite: {row}", status=1)
+                script.check_finite(row, f"seed {seed}")
                 row["time/compile_s"] = compile_seconds
                 row["time/eval_s"] = before["time/eval_s"] + seconds
                 rows[i].append(row)
@@ -108,6 +108,8 @@ def main():
                 own_params = jax.tree.map(lambda x: x[i], params)
                 line = script.log(folders[i], None, rows[i], own_params)
                 print(f"seed {seed}: {line}", flush=True)
+    for lock in locks:
+        lock.release()
 
 
 if __name__ == "__main__":

@@ -25,6 +25,8 @@ def load_script(folder):
     directory, or in this repository.
     """
     about = json.loads((folder / "args.json").read_text())
+    if "starts" not in about:
+        raise ValueError("an earlier version made it, with features at other scales")
     places = [*folder.resolve().parents, Path.cwd(), ROOT, ROOT / "baselines", ROOT / "variants"]
     beside = [str(place) for place in places if (place / about["script"]).exists()]
     if not beside:

@@ -46,22 +46,37 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: places.get(item.path.stem, len(places)))
 
 
-def scripts_with(*names, feed_forward=False, distinct=False):
-    """pytest parameters: the scripts that define all of `names`.
+def scripts_with(*names, feed_forward=False, replaced=()):
+    """pytest parameters: the scripts that define all of `names`, one for each text of them.
 
-    feed_forward leaves out the scripts with memory over time; distinct, for what takes long to
-    compile, leaves out those in which the code of all `names` is that of an earlier script.
+    A script is left out if all that `names` need, but for what a test replaces, is the same text in
+    an earlier one; of those that MAGPO_SCRIPTS names none is. feed_forward leaves out the scripts
+    with memory over time.
     """
     modules = [importlib.import_module(name) for name in SCRIPTS if importlib.util.find_spec(name)]
     modules = [module for module in modules if all(hasattr(module, name) for name in names)]
     modules = [module for module in modules if not (feed_forward and has_memory(module))]
-    if distinct:
-        sources = [
-            [inspect.getsource(getattr(module, name)) for name in names] for module in modules
-        ]
-        texts = [[ast.unparse(ast.parse(source)) for source in group] for group in sources]
+    if not NAMED:
+        texts = [needed(module, names, replaced) for module in modules]
         modules = [module for i, module in enumerate(modules) if texts[i] not in texts[:i]]
     return [pytest.param(module, id=module.__name__) for module in modules]
+
+
+def needed(module, names, replaced=()):
+    """The texts of the functions, classes and constants `names` of a module, and of all of the
+    module that these name, and so on."""
+    nodes, texts, names = {}, {}, list(names)
+    for node in ast.parse(inspect.getsource(module)).body:
+        if isinstance(node, ast.Assign):
+            nodes[ast.unparse(node.targets[0])] = node
+        elif hasattr(node, "name"):
+            nodes[node.name] = node
+    while names:
+        name = names.pop()
+        if name in nodes and name not in texts and name not in replaced:
+            texts[name] = ast.unparse(nodes[name])
+            names += [x.id for x in ast.walk(nodes[name]) if isinstance(x, ast.Name)]
+    return texts
 
 
 def slow(parameters):
@@ -130,6 +145,23 @@ def read_rows(folder, without=()):
 
 
 CLOCKS = ("time/", "charts/SPS")  # what differs between two runs of the same
+TINY = """--env-id CoordSum-v0 --scenario 2x3-4 --num-envs 4 --num-steps 8 --eval-episodes 4
+    --embed-dim 8 --learner-hidden-dim 8 --num-minibatches 2 --update-epochs 2""".split()
+
+# The metrics of a run in which episodes end. Only Connector and SMAX have eval/win_rate besides.
+METRICS = set(
+    """global_step charts/SPS charts/learning_rate charts/num_episodes charts/episodic_return
+    charts/episodic_length eval/learner_return eval/learner_return_std eval/guider_return
+    eval/imitation_gap eval/episodic_length losses/guider_policy_loss losses/guider_kl
+    losses/guider_entropy losses/value_loss losses/learner_kl losses/learner_policy_loss
+    losses/learner_entropy losses/approx_kl losses/clipfrac losses/delta_clipfrac
+    losses/first_ratio losses/explained_variance losses/guider_grad_norm losses/learner_grad_norm
+    time/compile_s time/train_s time/eval_s""".split())
+NOT_IN_CTDS = {"losses/guider_kl", "losses/delta_clipfrac", "losses/learner_policy_loss"}
+
+
+def metrics_of(script):
+    return METRICS - (set() if hasattr(script, "double_clip") else NOT_IN_CTDS)
 
 
 @pytest.fixture
@@ -217,80 +249,6 @@ def make_guider(script, kind, embed_dim, num_heads, num_blocks, num_actions, con
     memory = (0.8, 4) if has_memory(script) else ()
     sizes = (embed_dim, num_heads, num_blocks)
     return script.Guider(kind, *sizes, *memory, num_actions, continuous)
-
-
-def zero_hidden(script, guider, learner, batch_size, num_agents):
-    """The hidden states of guider and learner before an episode; None without memory."""
-    if not has_memory(script):
-        return None
-    args = script.Args(
-        embed_dim=guider.embed_dim, num_heads=guider.num_heads, num_blocks=guider.num_blocks,
-        learner_hidden_dim=learner.hidden_dim,
-    )
-    env = type("Env", (), {"num_agents": num_agents})
-    return script.init_hidden(args, env, batch_size)
-
-
-def past(mb, name):
-    """What a network with memory needs besides the observations of a minibatch."""
-    return (mb.timestep, mb.hidden[name]) if hasattr(mb, "timestep") else ()
-
-
-def random_minibatch(script, seed, guider, learner, num_samples, num_agents):
-    """A minibatch with random actions and numbers: of samples, or with memory of half as many
-    sequences of two steps, some of which begin with an episode.
-
-    -> minibatch, random parameters.
-    """
-    rng, memory = np.random.default_rng(seed), has_memory(script)
-    shape = (num_samples // 2, 2) if memory else (num_samples,)
-    obs = random_obs(script, seed, shape, num_agents, guider.num_actions)
-    fields = dict.fromkeys(script.Transition._fields)
-    fields |= {"obs": obs, "action": jnp.argmax(obs.action_mask, axis=-1).astype(jnp.int32)}
-    if guider.continuous:
-        fields["action"] = random_like(seed + 1, obs.action_mask)
-    for name in ("behaviour_log_prob", "value", "advantage", "target"):
-        fields[name] = jnp.asarray(rng.normal(size=(*shape, num_agents)), float)
-    if memory:
-        start = rng.integers(3, size=shape[0])
-        timestep = np.stack([start, (start + 1) * (start < 2)], axis=1)
-        hidden = zero_hidden(script, guider, learner, shape[0], num_agents)
-        fields["timestep"] = jnp.asarray(timestep, float)
-        fields["hidden"] = random_like(seed + 2, hidden)
-    mb = script.Transition(**fields)
-    guider_inputs = (mb.obs, mb.action, *past(mb, "guider"))
-    params = {"guider": random_params(guider, seed, *guider_inputs)}
-    params["learner"] = random_params(learner, seed + 1, mb.obs, *past(mb, "learner"))
-    return mb, params
-
-
-def apply_guider(guider, params, mb):
-    """The guider on a minibatch of either kind -> policies, value."""
-    return guider.apply(params, mb.obs, mb.action, *past(mb, "guider"))
-
-
-def apply_learner(learner, params, mb):
-    """The learner on a minibatch of either kind -> policies."""
-    policy = learner.apply(params, mb.obs, *past(mb, "learner"))
-    return policy[0] if isinstance(policy, tuple) else policy
-
-
-def let_guider_act(script, guider, params, mb, key):
-    """The minibatch with actions that the guider takes itself, their log-probs and its values, step
-    after step."""
-    if not has_memory(script):
-        action, log_prob, value = script.guider_act(guider, params, mb.obs, key)
-        return mb._replace(action=action, behaviour_log_prob=log_prob, value=value)
-
-    def step(hidden, inputs):
-        *results, hidden = script.guider_act(guider, params, *inputs[:2], hidden, inputs[2])
-        return hidden, results
-
-    obs, timestep = jax.tree.map(lambda x: x.swapaxes(0, 1), (mb.obs, mb.timestep))
-    keys = jax.random.split(key, timestep.shape[0])
-    _, results = jax.lax.scan(step, mb.hidden["guider"], (obs, timestep, keys))
-    action, log_prob, value = (x.swapaxes(0, 1) for x in results)
-    return mb._replace(action=action, behaviour_log_prob=log_prob, value=value)
 
 
 class ScriptedEnv:

@@ -1,35 +1,31 @@
-"""Tests of the baselines: losses and factor by hand, who sees what, a game, and runs."""
+"""Tests of the baselines: who sees what, a game, runs, and flags. Training: test_reference.py."""
 
 import dataclasses
 import functools
 import importlib
-import json
 import pathlib
+import re
 import sys
-import types
 
-import distrax
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from conftest import (
-    ScriptedEnv,
+    METRICS,
+    TINY,
     first_state,
     has_memory,
     make_parts,
-    on_one_device,
     random_obs,
     random_params,
     read_rows,
     run_folder,
-    run_program,
-    tags_and_times,
 )
-from test_cli import CHARTS, TIME
 from test_cli import test_every_flag_is_read as check_that_flags_are_read
 from test_ctds import MatchingGame, success
+from test_examples import make_run
+from test_glue import train_with_stand_ins
 
 import magpo_ff
 from examples import enjoy
@@ -43,92 +39,6 @@ BASELINES = [pytest.param(x, id=x.__name__) for x in (mappo_ff, mappo_rec, happo
 pytestmark = pytest.mark.usefixtures("quick_compile")
 for_each_baseline = pytest.mark.parametrize("script", BASELINES)
 NUM_AGENTS, NUM_ACTIONS, NUM_FEATURES, WIDTH = 3, 4, 5, 16
-
-
-# -------------------- Losses, by hand -------------------------------------------------------------
-def loss_by_hand(params, mb, args, factor):
-    """PPO's loss with entropy and value loss, written down anew with probabilities in place of
-    their logarithms: logits and fields of mb (.., N, ..), values of the team (..). All is legal."""
-    eps, probs = args.clip_coef, jax.nn.softmax(params["learner"])
-    value = params["critic"][..., None]
-    taken = jnp.sum(probs * jax.nn.one_hot(mb["action"], NUM_ACTIONS), axis=-1)
-    ratio = taken / jnp.exp(mb["behaviour_log_prob"])
-    advantage = factor * (mb["advantage"] - jnp.mean(mb["advantage"])) / jnp.std(mb["advantage"])
-    policy_loss = -jnp.minimum(ratio * advantage, jnp.clip(ratio, 1 - eps, 1 + eps) * advantage)
-    entropy = -jnp.sum(probs * jnp.log(probs), axis=-1)
-    value_loss = (value - mb["target"]) ** 2 / 2
-    return jnp.mean(policy_loss - args.ent_coef * entropy + args.vf_coef * value_loss)
-
-
-def numbers(shape, seed):
-    """Fields of a minibatch, logits and values: random, so that each clip bites here and there."""
-    rng = np.random.default_rng(seed)
-    fields = {name: rng.normal(size=shape) for name in ("target", "advantage")}
-    fields["action"] = rng.integers(NUM_ACTIONS, size=shape)
-    fields["behaviour_log_prob"] = np.log(rng.uniform(0.1, 0.6, size=shape))
-    logits = rng.normal(size=(*shape, NUM_ACTIONS))
-    return fields, logits, fields["target"] + rng.normal(0, 0.4, shape)
-
-
-def as_minibatch(script, fields):
-    """The fields as a minibatch with everything legal, and nothing to see."""
-    shape = fields["action"].shape
-    mask = jnp.ones((*shape, NUM_ACTIONS), bool)
-    fields = {name: jnp.asarray(x) for name, x in fields.items()}
-    fields["obs"] = script.Observation(jnp.zeros((*shape, 1)), mask)
-    if has_memory(script):
-        hidden = jnp.zeros((shape[0], shape[-1], 1))
-        fields |= {"timestep": jnp.zeros(shape[:2])}
-        fields |= {"hidden": {"learner": hidden, "critic": hidden}}
-    return script.Transition(**dict.fromkeys(script.Transition._fields) | fields)
-
-
-def stand_ins(script):
-    """A learner whose logits are its parameters, a critic whose parameters are the team's value."""
-
-    def network(outputs):
-        def apply(params, *_):
-            return (outputs(params), None) if has_memory(script) else outputs(params)
-
-        return types.SimpleNamespace(apply=apply)
-
-    def values(params):
-        return jnp.repeat(params[..., None], NUM_AGENTS, axis=-1)
-
-    return network(distrax.Categorical), network(values)
-
-
-def gradient_of(loss):
-    """loss(params, ..) -> its value and gradients, on one device."""
-
-    def call(params, *inputs):
-        gradient = on_one_device(jax.value_and_grad(loss, has_aux=True))
-        (value, _), grads = gradient(params, *inputs)
-        return value, grads
-
-    return call
-
-
-@pytest.mark.parametrize("script", BASELINES)
-def test_gradients_by_hand(script):
-    """Loss, and its gradient by the learner's logits and the team's value; of HAPPO for one agent,
-    whose advantage the factor multiplies."""
-    args = script.Args(ent_coef=0.3, vf_coef=0.7)
-    shape = (20, 5, NUM_AGENTS) if has_memory(script) else (100, NUM_AGENTS)
-    fields, logits, value = numbers(shape, seed=0)
-    mb, networks, factor = as_minibatch(script, fields), stand_ins(script), 1.0
-    params = {"learner": jnp.asarray(logits, float), "critic": jnp.asarray(value[..., 1], float)}
-    if script is happo_rec:
-        factor = np.exp(np.random.default_rng(1).normal(size=(*shape[:-1], 1)))
-        params["learner"] = params["learner"][..., 1:2, :]
-        fields = {name: x[..., 1:2] for name, x in fields.items()}
-        inputs = (args, *networks, None, happo_rec.part_of(1, mb), jnp.asarray(factor))
-        found = gradient_of(script.agent_loss)(params, *inputs)
-    else:
-        found = gradient_of(script.minibatch_loss)(params, args, *networks, mb)
-    expected = jax.value_and_grad(loss_by_hand)(params, fields, args, factor)
-    equal = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-7)
-    jax.tree.map(equal, found, expected)
 
 
 # -------------------- Networks with parameters ----------------------------------------------------
@@ -186,7 +96,7 @@ def test_each_agent_decides_from_its_own_observation(script):
         seen = obs._replace(agents_view=view)
         return script.learner_act(learner, params, seen, *memory, jax.random.PRNGKey(0))[1]
 
-    jacobian = jax.jacobian(log_prob, argnums=(0, 1))
+    jacobian = jax.jit(jax.jacobian(log_prob, argnums=(0, 1)))
     by_view, by_params = jacobian(obs.agents_view, params["learner"])
     depends = np.any(by_view != 0, axis=-1)  # (B, N) by (B, N)
     own = np.eye(2 * NUM_AGENTS, dtype=bool).reshape(depends.shape)
@@ -215,145 +125,12 @@ def test_critic_sees_all(script):
         seen = obs._replace(agents_view=view)
         return values_of(script, critic, params["critic"], seen, *past["critic"])
 
-    by_view = jax.jacobian(value)(obs.agents_view)  # (M, T, N) by (M, T, N, O)
+    by_view = jax.jit(jax.jacobian(value))(obs.agents_view)  # (M, T, N) by (M, T, N, O)
     depends = np.any(by_view != 0, axis=-1)
     seen = np.broadcast_to(seen, (2, 3, 3))
     expected = np.eye(2, dtype=bool)[:, None, :, None] & seen[:, :, None]  # (M, T, M, T)
     expected = np.broadcast_to(expected[:, :, None, :, :, None], depends.shape)
     np.testing.assert_array_equal(depends, expected)
-
-
-# -------------------- HAPPO's factor, by a plain loop ---------------------------------------------
-def test_factor_against_a_plain_loop():
-    """Parameters and factor are those of a loop over the agents, whose order matters."""
-    rate, args = 0.3, happo_rec.Args(ent_coef=0.1)
-    obs, past = random_inputs(happo_rec, 4, 3)
-    networks, params = networks_and_params(happo_rec, obs, past)
-    timestep, hidden = past["learner"][0], {name: past[name][1] for name in past}
-    fields, _, _ = numbers((4, 3, NUM_AGENTS), seed=2)
-    fields["action"] = np.argmax(obs.action_mask, axis=-1)
-    mb = as_minibatch(happo_rec, fields)._replace(obs=obs, timestep=timestep, hidden=hidden)
-    optimizer = optax.sgd(rate)
-
-    def update(order):
-        inputs = (args, *networks, optimizer, params, optimizer.init(params), mb, order)
-        return happo_rec.update_agents(*inputs)
-
-    @jax.jit
-    def step(own, part, factor):
-        """One step of gradient descent of one agent -> its params, the factor after it."""
-        inputs = (args, *networks, obs, part, factor)
-        _, grads = gradient_of(happo_rec.agent_loss)(own, *inputs)
-        own = jax.tree.map(lambda x, grad: x - rate * grad, own, grads)
-        policy, _ = networks[0].apply(own["learner"], part.obs, timestep, part.hidden["learner"])
-        return own, factor * jnp.exp(policy.log_prob(part.action) - part.behaviour_log_prob)
-
-    orders = jnp.array([[2, 0, 1], [1, 2, 0]])
-    each_alone = jax.vmap(jax.vmap(update, axis_name="device"))  # devices of one order each
-    found, _, factor, _ = jax.jit(each_alone)(orders[:, None])
-    equal = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
-    for i, order in enumerate(orders.tolist()):
-        expected_factor = jnp.ones((4, 3, 1))
-        for j in order:
-            own = jax.tree.map(lambda x: x[j], params)
-            of_agent = {
-                name: jax.tree.map(lambda x: x[:, :, j : j + 1], getattr(mb, name))
-                for name in ("obs", "action", "behaviour_log_prob", "advantage", "target")}
-            part = mb._replace(**of_agent, hidden=jax.tree.map(lambda x: x[:, j : j + 1], hidden))
-            expected, expected_factor = step(own, part, expected_factor)
-            jax.tree.map(equal, jax.tree.map(lambda x: x[i, 0, j], found), expected)
-        equal(factor[i, 0], expected_factor)
-    assert np.max(np.abs(factor[0] - factor[1])) > 1e-2
-    assert np.max(np.abs(np.log(factor[0]))) > 0.1
-
-
-# -------------------- Acting = training -----------------------------------------------------------
-@pytest.fixture(scope="module", params=BASELINES)
-def iterated(request):
-    """A script, its environment and networks, and of two iterations in a row the state before and
-    after, rollout and metrics. Episodes begin and end inside the rollouts."""
-    script = request.param
-    args, env, *networks = make_parts(
-        script, ScriptedEnv(script), num_minibatches=2, update_epochs=2)
-
-    def iterate(state):
-        _, rollout = script.collect(args, env, *networks, state)
-        after, metrics = script.train_iteration(args, env, *networks, state)
-        return state, after, rollout, metrics
-
-    program = jax.jit(on_one_device(iterate))
-    both = [program(first_state(script, (args, env, *networks)))]
-    both.append(program(both[0][1]))
-    return script, env, networks, jax.tree.map(np.asarray, both)
-
-
-def test_acting_is_training(iterated):
-    """The whole rollout in one pass gives the log-probs and values noted while acting."""
-    script, _, (learner, critic), both = iterated
-
-    def log_prob_of(params, mb, *past):
-        policy = learner.apply(params, mb.obs, *past)
-        return (policy[0] if past else policy).log_prob(mb.action)
-
-    for state, _, rollout, _ in both:
-        params, mb, past = state.params, rollout, {"learner": (), "critic": ()}
-        if has_memory(script):
-            swapped = jax.tree.map(lambda x: x.swapaxes(0, 1), rollout)
-            mb = swapped._replace(hidden=state.hidden)
-            past = {name: (mb.timestep, hidden) for name, hidden in mb.hidden.items()}
-        value = values_of(script, critic, params["critic"], mb.obs, *past["critic"])
-        if script is happo_rec:
-            own = [jax.tree.map(lambda x: x[j], params["learner"]) for j in range(2)]
-            parts = [happo_rec.part_of(j, mb) for j in range(2)]
-            log_prob = jnp.concatenate([
-                log_prob_of(own[j], parts[j], mb.timestep, parts[j].hidden["learner"])
-                for j in range(2)], axis=-1)
-        else:
-            log_prob = log_prob_of(params["learner"], mb, *past["learner"])
-        np.testing.assert_allclose(log_prob, mb.behaviour_log_prob, atol=1e-5)
-        np.testing.assert_allclose(value, mb.value, rtol=1e-4, atol=1e-5)
-        assert np.any(rollout.last[:-1]) and np.ptp(rollout.value) > 1e-3
-
-
-@pytest.mark.parametrize("iterated", BASELINES[1:], indirect=True)  # those with memory
-def test_next_value_is_that_of_the_true_last_observation(iterated):
-    """The value of what followed each action, also at a time limit, by a loop."""
-    script, env, (_, critic), both = iterated
-    state, _, rollout, _ = both[1]
-    hidden = state.hidden["critic"]
-    tag, time = tags_and_times(rollout.obs)
-    make_states = jax.vmap(jax.vmap(lambda *x: env.make_state(*x, None)))
-    after = make_states(jnp.asarray(tag), jnp.asarray(time + 1)).obs
-    value = critic.apply
-    if script is happo_rec:
-        value = functools.partial(script.critic_value, critic)
-    value = jax.jit(functools.partial(value, state.params["critic"]))
-    compared = 0
-    for t in range(len(tag)):
-        timestep = rollout.timestep[t][:, None]
-        now, following = (
-            jax.tree.map(lambda x: x[t][:, None], obs) for obs in (rollout.obs, after))
-        _, hidden = value(now, timestep, hidden)
-        expected, _ = value(following, timestep + 1, hidden)
-        counts = rollout.discount[t] > 0  # a termination has no value after it
-        compared += np.sum(counts & rollout.last[t])
-        np.testing.assert_allclose(
-            rollout.next_value[t][counts], expected[:, 0][counts], rtol=1e-4, atol=1e-5)
-    assert compared > 0
-
-
-def test_iteration(iterated):
-    """Before the first update the learner is the policy that acted; an iteration moves every matrix
-    of learner and critic, in HAPPO those of each agent."""
-    script, *_, both = iterated
-
-    def moved(x, y):
-        axes = tuple(range(1, x.ndim)) if script is happo_rec else None
-        return np.all(np.any(x != y, axis=axes))
-
-    for before, after, _, metrics in both:
-        assert abs(metrics["losses/first_ratio"] - 1) < 1e-6
-        assert all(jax.tree.leaves(jax.tree.map(moved, before.params, after.params)))
 
 
 # -------------------- Learning --------------------------------------------------------------------
@@ -395,62 +172,60 @@ def test_matching_game(script, num_iterations):
 
 
 # -------------------- As programs -----------------------------------------------------------------
-TINY = """--env-id CoordSum-v0 --scenario 2x3-4 --num-envs 4 --num-steps 8 --total-timesteps 64
-          --num-evals 1 --eval-episodes 4 --learner-hidden-dim 8 --critic-hidden-dim 8
-          --num-minibatches 2 --update-epochs 2""".split()
-LOSSES = """learner_policy_loss learner_entropy value_loss approx_kl clipfrac first_ratio
-    explained_variance learner_grad_norm critic_grad_norm""".split()
-EVAL = {"eval/learner_return", "eval/learner_return_std", "eval/episodic_length"}
-KEYS = {"global_step"} | CHARTS | EVAL | TIME | {f"losses/{name}" for name in LOSSES}
+OF_A_GUIDER = re.compile("guider|learner_kl|delta|imitation")
+METRICS = {name for name in METRICS if not OF_A_GUIDER.search(name)} | {"losses/critic_grad_norm"}
 
 
-@pytest.fixture(scope="module")
-def finished(environ, tmp_path_factory):
-    """The folder of a tiny run of happo_rec.py, made in two parts: half, then --resume."""
-    folder = tmp_path_factory.mktemp("runs")
-
-    run_program(happo_rec.__file__, TINY, environ, folder)
-    run_dir = run_folder(folder / "runs")
-    flags = ["--resume", run_dir, "--total-timesteps", 128, "--num-evals", 2]
-    run_program(happo_rec.__file__, flags, environ)
-    return run_dir
+def test_training_loop(tmp_path):
+    """It logs what a learner alone has played, and saves; the rest of it is in test_glue.py."""
+    loop = train_with_stand_ins(mappo_ff, tmp_path)
+    assert loop.saved == [0, 3, 5, 7] and len(loop.rows) == 4
+    assert (tmp_path / "learning_curve.png").stat().st_size > 5000
 
 
-def test_run_and_resume(finished):
-    """A run leaves the files and metrics of the scripts, without a guider's, and can go on."""
-    rows = read_rows(finished)
-    assert [row["global_step"] for row in rows] == [0, 64, 128]
-    assert rows[1].keys() == rows[2].keys() == KEYS
-    assert all(np.isfinite(list(row.values())).all() for row in rows)
-    assert abs(rows[2]["losses/first_ratio"] - 1) < 1e-5
-    names = {path.stem for path in finished.glob("*.safetensors")}
-    assert names == {"learner", "critic", "best_learner", "best_critic"}
-    assert json.loads((finished / "args.json").read_text())["script"] == "happo_rec.py"
-    assert (finished / "learning_curve.png").stat().st_size > 5000
+@for_each_baseline
+def test_evaluation(script):
+    """The learner alone is evaluated; what an iteration returns is in test_reference.py."""
+    parts = make_parts(script, script.make_env("CoordSum-v0", "2x3-4"))
+    state = jax.eval_shape(lambda: first_state(script, parts))
+    evaluate = functools.partial(script.evaluate, *parts)
+    assert jax.eval_shape(evaluate, state.params, state.key).keys() == {
+        name for name in METRICS if name.startswith("eval/")}
 
 
-def test_enjoy(finished, call):
-    """The example plays the very episodes of the last evaluation; there is no guider."""
-    options = enjoy.Options(finished, episodes=4, which="last", max_frames=4)
+def test_enjoy(call, tmp_path):
+    """The example plays the very episodes of an evaluation; there is no guider."""
+    sizes = {"learner_hidden_dim": 4, "critic_hidden_dim": 4, "eval_episodes": 4}
+    *parts, params = make_run(happo_rec, "CoordSum-v0", "2x3-4", tmp_path, **sizes)
+    key = jax.random.PRNGKey(1)
+    row = jax.jit(functools.partial(happo_rec.evaluate, *parts))(params, key)
+    options = enjoy.Options(tmp_path, episodes=4, which="last", max_frames=4)
     script, env, act, make_hidden = enjoy.load_team(options)
-    eval_key = jax.random.split(jax.random.PRNGKey(1), 3)[2]
-    episode = script.play(env, act, make_hidden(4), 4, jax.random.fold_in(eval_key, 4))
-    assert np.mean(episode["return"]) == read_rows(finished)[-1]["eval/learner_return"]
+    episode = script.play(env, act, make_hidden(4), 4, key)
+    assert np.mean(episode["return"]) == row["eval/learner_return"]
     states, _ = enjoy.play_episode(options, env, act, make_hidden)
     assert len(states) == 4
 
-    status, _, err = call(enjoy, finished, "--guider")
+    status, _, err = call(enjoy, tmp_path, "--guider")
     assert status == 2 and "--guider: happo_rec.py has none" in err
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", BASELINES[:2])
+@for_each_baseline
 def test_smoke(script, call, monkeypatch, tmp_path):
-    """One iteration from another folder than the repository's root: tasks.py is found."""
+    """A run from another folder than the repository's root: tasks.py is found."""
     monkeypatch.chdir(tmp_path)
-    status, out, _ = call(script, *TINY)
-    assert status == 0 and read_rows(run_folder(tmp_path / "runs"))[-1].keys() == KEYS
+    i = TINY.index("--embed-dim")
+    flags = [*TINY[:i], *TINY[i + 2 :], "--critic-hidden-dim", 8, "--total-timesteps", 64]
+    status, out, _ = call(script, *flags, "--num-evals", 1)
+    rows = read_rows(run_folder(tmp_path / "runs"))
+    assert status == 0 and [row["global_step"] for row in rows] == [0, 64]
+    assert rows[-1].keys() == METRICS - {"charts/episodic_return", "charts/episodic_length"}
+    assert np.all(np.isfinite(list(rows[-1].values())))
+    assert abs(rows[-1]["losses/first_ratio"] - 1) < 1e-5
     assert out.startswith(f"{script.__name__}.py: 2 agents, 1 x cpu")
+    names = {path.stem for path in tmp_path.glob("runs/*/*.safetensors")}
+    assert names == {"learner", "critic", "best_learner", "best_critic"}
 
 
 # -------------------- Flags -----------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import functools
 import io
+import types
 from typing import NamedTuple
 
 import jax
@@ -10,13 +11,11 @@ import jumanji
 import numpy as np
 import pytest
 from conftest import (
-    apply_guider,
-    apply_learner,
     has_memory,
-    let_guider_act,
     make_guider,
-    past,
-    random_minibatch,
+    random_like,
+    random_obs,
+    random_params,
     scripts_with,
 )
 from jumanji import specs
@@ -27,8 +26,7 @@ import tasks
 
 pytestmark = pytest.mark.usefixtures("quick_compile", "double_precision")
 
-SCRIPTS = scripts_with("Guider", "Learner", "Policy")
-script = SCRIPTS[0].values[0]  # for what all scripts share to the letter
+script = scripts_with("Policy", "TeamEnv")[0].values[0]  # for what all share to the letter
 NUM_AGENTS, NUM_ACTIONS = 3, 2
 
 
@@ -54,51 +52,60 @@ def test_policy_is_a_gaussian():
 
 
 def test_log_std_has_bounds():
-    """Beyond them it is cut off, so no policy becomes a point, and none spreads without end."""
-    for log_std, bound in ((-9.0, -5.0), (9.0, 1.0)):
-        scale = policy([0.0, 0.0], [log_std] * 2).distribution.scale
-        np.testing.assert_allclose(scale, np.exp([bound] * 2))
+    """Beyond them it is cut off, so no policy becomes a point, and none spreads without end; it is
+    the same whatever is seen."""
+    for log_std, bound in ((-9.0, -5.0), (0.5, 0.5), (9.0, 1.0)):
+        scale = policy([[0.0, 7.0], [-3.0, 1.0]], [log_std] * 2).distribution.scale
+        np.testing.assert_allclose(np.broadcast_to(scale, (2, 2)), np.exp(bound))
 
 
 # -------------------- The networks ----------------------------------------------------------------
-def continuous_parts(script, kind="sable", seed=0):
-    """Guider, learner, minibatch of random continuous actions, random parameters."""
-    guider = make_guider(script, kind, 8, 2, 1, NUM_ACTIONS, continuous=True)
-    learner = script.Learner(8, NUM_ACTIONS, True)
-    return guider, learner, *random_minibatch(script, seed, guider, learner, 4, NUM_AGENTS)
+# Acting is deciding one by one, and as in training: test_networks.py and test_memory.py.
+NETWORKS = scripts_with("Guider", "Learner", "Policy")
 
 
-# Both feed-forward scripts hold the same networks.
-NETWORKS = scripts_with("Guider", "Learner", "guider_act", "Policy", distinct=True)
+@functools.cache
+def make_problem(script, continuous=True):
+    """Guider, learner, random parameters of both, actions, and f(params, action) -> policies of
+    both for all but the last two axes (of agents, and of numbers in an action)."""
+    guider = make_guider(script, "sable", 8, 2, 1, NUM_ACTIONS, continuous)
+    learner = script.Learner(8, NUM_ACTIONS, continuous)
+    past = {"guider": (), "learner": ()}
+    if has_memory(script):
+        args = script.Args(embed_dim=8, num_heads=2, learner_hidden_dim=8)
+        hidden = script.init_hidden(args, types.SimpleNamespace(num_agents=NUM_AGENTS), 4)
+        past = {name: (jnp.ones((4, 1)), random_like(2, x)) for name, x in hidden.items()}
+    obs = random_obs(script, 0, (4, 1) if has_memory(script) else 4, NUM_AGENTS, NUM_ACTIONS)
+    action = random_like(1, obs.action_mask) if continuous else jnp.argmax(obs.action_mask, -1)
+    inputs = {"guider": (obs, action, *past["guider"]), "learner": (obs, *past["learner"])}
+    params = {"guider": random_params(guider, 3, *inputs["guider"])}
+    params["learner"] = random_params(learner, 4, *inputs["learner"])
 
+    def policies(params, action):
+        guided, _ = guider.apply(params["guider"], obs, action, *past["guider"])
+        learnt = learner.apply(params["learner"], *inputs["learner"])
+        return guided, learnt[0] if has_memory(script) else learnt
 
-@pytest.mark.parametrize("kind", ["sable", "mat"])
-@pytest.mark.parametrize("script", NETWORKS)
-def test_acting_equals_training(script, kind):
-    """The log-probs and values with which the guider acts are those of training: first ratio 1."""
-    guider, _, mb, params = continuous_parts(script, kind)
-    act = jax.jit(functools.partial(let_guider_act, script, guider))
-    mb = act(params["guider"], mb, jax.random.PRNGKey(0))
-    policies, value = apply_guider(guider, params["guider"], mb)
-    log_prob = policies.log_prob(mb.action)
-    assert mb.action.shape == (*log_prob.shape, NUM_ACTIONS)
-    np.testing.assert_allclose(log_prob, mb.behaviour_log_prob, atol=1e-8)
-    np.testing.assert_allclose(value, mb.value, atol=1e-8)
+    @jax.jit
+    def nobody(key):
+        """What the first agent is told at the start of training."""
+        return guider.init(key, *inputs["guider"])["params"]["nobody"]
+
+    return params, action, jax.jit(policies), nobody(jax.random.PRNGKey(0))
 
 
 @pytest.mark.parametrize("script", NETWORKS)
 def test_guider_sees_the_squashed_actions_of_earlier_agents(script):
     """Agent 1's action changes agent 2 alone, and not at all where tanh is saturated."""
-    guider, _, mb, params = continuous_parts(script)
+    params, action, policies, _ = make_problem(script)
 
     def means(x):
-        action = mb.action.at[..., -1, 1, 0].set(x)
-        policies, _ = apply_guider(guider, params["guider"], mb._replace(action=action))
-        return np.asarray(policies.mode())
+        guided, _ = policies(params, action.at[..., 1, 0].set(x))
+        return np.asarray(guided.mode())
 
     one, other = means(-0.5), means(0.5)
     np.testing.assert_array_equal(one[..., :2, :], other[..., :2, :])
-    assert np.all(np.any(one[..., 2, :] != other[..., 2, :], axis=-1)[..., -1:])
+    assert np.all(np.any(one[..., 2, :] != other[..., 2, :], axis=-1))
     np.testing.assert_array_equal(means(30.0), means(40.0))
 
 
@@ -106,51 +113,30 @@ def test_guider_sees_the_squashed_actions_of_earlier_agents(script):
 @pytest.mark.parametrize("script", NETWORKS)
 def test_first_agent_is_told_what_is_learnt(script, continuous):
     """It starts as no action that an agent can take, and the first agent's policy depends on it."""
-    guider = make_guider(script, "sable", 8, 2, 1, NUM_ACTIONS, continuous)
-    learner = script.Learner(8, NUM_ACTIONS, continuous)
-    mb, _ = random_minibatch(script, 1, guider, learner, 4, NUM_AGENTS)
-    params = guider.init(jax.random.PRNGKey(0), mb.obs, mb.action, *past(mb, "guider"))
-    nobody = params["params"]["nobody"]
+    params, action, policies, nobody = make_problem(script, continuous)
     assert np.all(nobody != 0) and np.all(nobody != 1)
 
     def first_agent(nobody):
-        told = {"params": {**params["params"], "nobody": nobody}}
-        policies, _ = apply_guider(guider, told, mb)
-        return policies.log_prob(mb.action)[..., 0].sum()
+        told = {"params": params["guider"]["params"] | {"nobody": nobody}}
+        guided, _ = policies(params | {"guider": told}, action)
+        return guided.log_prob(action)[..., 0].sum()
 
-    assert np.all(jax.grad(first_agent)(nobody) != 0)
+    assert np.all(jax.jit(jax.grad(first_agent))(nobody) != 0)
 
 
 @pytest.mark.parametrize("script", NETWORKS)
-def test_learner_is_decentralized(script):
-    """An agent's mean depends on its own observation alone; the standard deviation on nothing."""
-    _, learner, mb, params = continuous_parts(script)
-
-    def last_step(view):
-        policies = apply_learner(
-            learner, params["learner"], mb._replace(obs=mb.obs._replace(agents_view=view)))
-        both = jnp.stack([policies.mode(), policies.stddev()], axis=-1)
-        return both[0, -1] if has_memory(script) else both[0]
-
-    jacobian = jax.jacobian(last_step)(mb.obs.agents_view)  # (N, A, 2, M, .., N, O)
-    jacobian = np.abs(jacobian).sum(axis=(-1, *range(3, jacobian.ndim - 2)))  # (N, A, 2, N)
-    assert np.all(jacobian[:, :, 1] == 0)
-    for agent in range(NUM_AGENTS):
-        others = np.delete(jacobian[agent, :, 0], agent, axis=-1)
-        assert np.all(others == 0) and np.all(jacobian[agent, :, 0, agent] > 0)
-
-
-@pytest.mark.parametrize("script", scripts_with("Guider", "Learner", "minibatch_loss"))
 def test_gradients_are_finite_at_saturated_actions(script):
-    """Of all terms and parameters, the log std among them, where tanh(u) is 1 in float32."""
-    guider, learner, mb, params = continuous_parts(script)
-    mb = mb._replace(action=mb.action.at[..., 0, :].set(40.0))
+    """Of all that a loss is made of, by all parameters, the log std among them, where tanh(u) is 1
+    in float32."""
+    params, action, policies, _ = make_problem(script)
+    action = action.at[..., 0, :].set(40.0)
 
     def loss(params):
-        return script.minibatch_loss(params, script.Args(), guider, learner, mb)[0]
+        guided, learnt = policies(params, action)
+        terms = [x.log_prob(action) + x.entropy() for x in (guided, learnt)]
+        return jnp.mean(terms[0] + terms[1] + guided.kl_divergence(learnt))
 
-    grad = jax.jit(jax.vmap(jax.grad(loss), axis_name="device"))
-    grads = grad(jax.tree.map(lambda x: x[None], params))
+    grads = jax.jit(jax.grad(loss))(params)
     assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(grads))
     flat = jax.tree_util.tree_flatten_with_path(grads)[0]
     log_stds = [x for path, x in flat if path[-1].key == "log_std"]

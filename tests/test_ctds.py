@@ -62,23 +62,6 @@ def train(script, env, num_iterations, seeds, **flags):
     return start, run(start), *parts[2:]
 
 
-@pytest.mark.slow
-def test_magpo_without_tether_and_rl_term_is_ctds():
-    """delta = inf and lambda = 0 give the parameters of CTDS from the same seed."""
-    env = magpo_ff.make_env("CoordSum-v0", "2x4-5")
-    flags = dict(num_envs=4, num_steps=8, total_timesteps=320, guider="mat")
-    no_tether = {"delta": float("inf"), "learner_rl_coef": 0.0}
-    start, magpo, _, _ = train(magpo_ff, env, 3, [3], **no_tether, **flags)
-    _, ctds, _, _ = train(ctds_ff, env, 3, [3], **flags)
-
-    def distance(a, b):
-        pairs = zip(jax.tree.leaves(a.params), jax.tree.leaves(b.params))
-        return max(float(np.abs(x - y).max()) for x, y in pairs)
-
-    assert distance(magpo, ctds) < 1e-6
-    assert distance(magpo, start) > 1e-3
-
-
 def success(policy_probs):
     """(seeds, 2 agents, 2 actions) -> probability that independent actions differ, (seeds,)."""
     first, second = policy_probs[:, 0, 0], policy_probs[:, 1, 0]

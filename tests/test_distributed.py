@@ -7,11 +7,10 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import CLOCKS, read_rows, run_folder, scripts_with
+from conftest import CLOCKS, TINY, read_rows, run_folder, scripts_with, slow
 
-SCRIPT = scripts_with("start_jax", "main")[0].values[0]  # the same text in all, see test_twins
-FLAGS = """--env-id CoordSum-v0 --scenario 2x3-4 --num-envs 8 --num-steps 8 --eval-episodes 4
-           --embed-dim 8 --learner-hidden-dim 8 --update-epochs 1""".split()
+SCRIPT = scripts_with("start_jax", "main")[0].values[0]
+FLAGS = [*TINY, "--num-envs", "8"]
 BUDGET = ["--total-timesteps", "640", "--num-evals", "2"]
 
 
@@ -106,9 +105,11 @@ def test_a_lost_process_ends_the_other(environ, tmp_path):
 
 
 @pytest.mark.parametrize("variables, text", [
-    ({"JAX_NUM_PROCESSES": "2"}, "coordinator_address"), ({"JAX_NUM_PROCESSES": "two"}, "two"),
     ({"JAX_NUM_PROCESSES": "2", "JAX_COORDINATOR_ADDRESS": "localhost:9"}, "process id"),
-])
+    *slow([
+        pytest.param({"JAX_NUM_PROCESSES": "2"}, "coordinator_address"),
+        pytest.param({"JAX_NUM_PROCESSES": "two"}, "two"),
+    ])])
 def test_unusable_variables(variables, text, environ):
     """A process that cannot tell which one it is: one line that says why, status 2."""
     statuses, _, err = finish([start(["--distributed", "--dry-run"], environ | variables)])

@@ -1,5 +1,6 @@
 """The pages: links, tables, names, and every command, snippet and change that they show."""
 
+import functools
 import importlib
 import importlib.util
 import itertools
@@ -14,12 +15,16 @@ import textwrap
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 import pytest
+import test_ctds
+import test_examples
 import tyro
 import yaml
 from conftest import (
+    TINY,
     first_state,
     on_one_device,
     random_params,
@@ -34,8 +39,7 @@ import magpo_ff
 ROOT = pathlib.Path(__file__).parent.parent
 GUIDE, USAGE = ROOT / "docs" / "reading_group.md", ROOT / "docs" / "usage.md"
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("*/README.md")), *sorted(ROOT.glob("docs/*.md"))]
-TINY = """--num-envs 4 --num-steps 8 --eval-episodes 4 --embed-dim 8 --learner-hidden-dim 8
-          --update-epochs 2 --num-minibatches 2 --total-timesteps 128 --num-evals 2""".split()
+BUDGET = ["--total-timesteps", 128, "--num-evals", 2]
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 for_each_page = pytest.mark.parametrize("page", PAGES, ids=lambda x: str(x.relative_to(ROOT)))
@@ -155,20 +159,26 @@ def commands_of(program):
     return found
 
 
-def load(path, monkeypatch):
-    """The module in a file, which sees what `python PATH` would see."""
-    spec = importlib.util.spec_from_file_location(f"loaded_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)  # where dataclasses look for it
-    monkeypatch.setattr(sys, "path", [str(path.parent), *sys.path])
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture
+def load(monkeypatch):
+    """load(path) -> the module in a file of ours, which sees what `python PATH` would see."""
+
+    def module_in(path):
+        path = ROOT / path
+        spec = importlib.util.spec_from_file_location(f"loaded.{path.stem}", path)
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, spec.name, module)  # where dataclasses look for it
+        monkeypatch.syspath_prepend(path.parent)
+        spec.loader.exec_module(module)
+        return module
+
+    return module_in
 
 
-def run_here(path, monkeypatch, *flags):
-    """Runs a program of ours as `python PATH FLAGS`, in this process -> its exit status."""
-    monkeypatch.setattr(sys, "argv", [path, *map(str, flags)])
-    return load(ROOT / path, monkeypatch).main()
+@pytest.fixture
+def run_here(load, call):
+    """run_here(path, *flags) -> status, stdout, stderr of `python PATH FLAGS`, in this process."""
+    return lambda path, *flags: call(load(path), *flags)
 
 
 def is_picture(path):
@@ -187,31 +197,27 @@ def test_each_command_is_run_by_a_test_below():
 
 
 @pytest.mark.parametrize("script", ["magpo_ff", "ctds_ff", "magpo_rec", *VARIANTS])
-def test_training_commands_are_accepted(script, monkeypatch, capsys, tmp_path):
+def test_training_commands_are_accepted(script, call, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     for flags in commands_of(f"{script}.py"):
-        monkeypatch.setattr(sys, "argv", [f"{script}.py", *flags, "--dry-run"])
-        module = importlib.import_module(script.replace("/", "."))
-        assert module.main() == 0, (flags, capsys.readouterr().err)
+        status, _, err = call(importlib.import_module(script.replace("/", ".")), *flags, "--dry-run")
+        assert status == 0, (flags, err)
 
 
-def test_tables(monkeypatch, capsys):
+def test_tables(run_here):
     """The student fails with the KL of the code; with backtracking the learner does not."""
     for flags in commands_of("docs/tables.py"):
-        run_here("docs/tables.py", monkeypatch, *flags, "--games", 2)
-        found = re.findall(r"^(CTDS|MAGPO), (KL\S+ \|\| \S+) +([\d.]+) +([\d.]+)$",
-                           capsys.readouterr().out, re.M)
+        _, out, _ = run_here("docs/tables.py", *flags, "--games", 2)
+        found = re.findall(r"^(CTDS|MAGPO), (KL\S+ \|\| \S+) +([\d.]+) +([\d.]+)$", out, re.M)
         learner = {(name, direction): float(value) for name, direction, _, value in found}
         assert len(learner) == 4 and all(float(guider) > 0.99 for _, _, guider, _ in found)
         assert learner.pop(("CTDS", "KL(mu || pi)")) < 0.6
         assert min(learner.values()) > 0.99
 
 
-def test_matching(monkeypatch, capsys):
+def test_matching(run_here, monkeypatch):
     """A row for CTDS and one for each delta. Its trainings are those of test_matching_game in
     test_ctds.py, which tests their results, and are not run again."""
-    import test_ctds
-
     trained = []
 
     def matching(script, num_seeds=None, **flags):
@@ -221,8 +227,8 @@ def test_matching(monkeypatch, capsys):
 
     monkeypatch.setattr(test_ctds, "matching", matching)
     (flags,) = commands_of("docs/matching.py")
-    run_here("docs/matching.py", monkeypatch, *flags)
-    assert [row.split() for row in capsys.readouterr().out.splitlines()[1:]] == [
+    _, out, _ = run_here("docs/matching.py", *flags)
+    assert [row.split() for row in out.splitlines()[1:]] == [
         ["CTDS", "0.70", "0.60", "0.10", "0.60", "0.90"],
         ["MAGPO,", "delta", "1.1", "0.70", "0.60", "0.20", "0.60", "0.90"]]
     with pytest.raises(AssertionError):  # for the numbers above are no results
@@ -231,13 +237,14 @@ def test_matching(monkeypatch, capsys):
     assert trained == 2 * expected
 
 
-def test_tether(monkeypatch, capsys, tmp_path):
-    """The picture, and the point at which the double clip lets an outward gradient through."""
+def test_tether(run_here, load, tmp_path):
+    """The picture, and the point at which the double clip lets an outward gradient through. Inside
+    of the tether and of PPO's clip the gradient is -r A, beyond it is that of the KL."""
     printed = []
     for flags in commands_of("docs/tether.py"):
-        run_here("docs/tether.py", monkeypatch, *flags, "--out", tmp_path / "new" / "x.png")
+        _, out, _ = run_here("docs/tether.py", *flags, "--out", tmp_path / "new" / "x.png")
         assert is_picture(tmp_path / "new" / "x.png")
-        numbers = re.findall(r"loss +(-?[\d.]+) +gradient +(-?[\d.]+)", capsys.readouterr().out)
+        numbers = re.findall(r"loss +(-?[\d.]+) +gradient +(-?[\d.]+)", out)
         printed.append(np.array(numbers, float))
     ppo, kl, total = printed[0]
     divergence = 0.3 * math.log(0.3 / 0.1) + 0.7 * math.log(0.7 / 0.9)
@@ -246,27 +253,23 @@ def test_tether(monkeypatch, capsys, tmp_path):
     np.testing.assert_allclose(kl, [divergence, pull], atol=1e-3)
     np.testing.assert_allclose(total, ppo + kl, atol=2e-3)
 
-
-def test_tether_draws_the_functions_of_the_script(monkeypatch):
-    """Inside of the tether and of PPO's clip the gradient is -r A, beyond it is that of the KL."""
-    tether = load(ROOT / "docs" / "tether.py", monkeypatch)
+    tether = load("docs/tether.py")
     fig = tether.draw(tether.Options(deltas=(1.5,), behaviour_probs=(0.14,)))
     line = fig.axes[1].lines[0]
     log_ratio, slope = np.asarray(line.get_xdata()), np.asarray(line.get_ydata())
     inside = np.abs(log_ratio) < math.log(1.5) - 1e-3
     np.testing.assert_allclose(slope[inside], -np.exp(log_ratio[inside]) / 1.4, rtol=1e-3)
-    outside = log_ratio > math.log(1.5) + 1e-3
-    assert np.all(slope[outside] > 0)
+    assert np.all(slope[log_ratio > math.log(1.5) + 1e-3] > 0)
 
 
 @pytest.mark.slow
-def test_saddle(monkeypatch, capsys, tmp_path):
+def test_saddle(run_here, tmp_path):
     """A run's policies add up to 1, and its CSV file is drawn again."""
-    tiny = TINY[: TINY.index("--eval-episodes")] + TINY[TINY.index("--embed-dim") :]
+    i, j = map(TINY.index, ("--num-envs", "--eval-episodes"))
     csv, out = tmp_path / "saddle.csv", tmp_path / "saddle.png"
     (flags,) = commands_of("docs/saddle.py")
-    flags += [*tiny, "--every", 3, "--start-delta", 4, "--export", csv, "--out", out]
-    assert run_here("docs/saddle.py", monkeypatch, *flags) == 0
+    flags += [*TINY[i:j], *TINY[j + 2 :], *BUDGET, "--every", 3, "--start-delta", 4]
+    assert run_here("docs/saddle.py", *flags, "--export", csv, "--out", out)[0] == 0
     frame = pd.read_csv(csv)
     assert sorted(frame["global_step"].unique()) == [0, 96, 128]
     assert set(frame["run"]) == {"seed 1, delta 4, then 1.1"}
@@ -276,24 +279,19 @@ def test_saddle(monkeypatch, capsys, tmp_path):
     for policy in ("guider", "guider, deaf", "learner"):  # 63 of 1000 triples add up to 10
         np.testing.assert_allclose(start[policy], 0.063, atol=5e-3)
     out.unlink()
-    other = tmp_path / "other.csv"
-    frame.assign(run="another").to_csv(other)
-    assert run_here("docs/saddle.py", monkeypatch, csv, other, "--out", out) == 0
-    assert is_picture(out)
-    figure1 = ROOT / "benchmark" / "results" / "figure1.csv"
+    assert run_here("docs/saddle.py", csv, "--out", out)[0] == 0 and is_picture(out)
     for bad, line in {
         ("--scenario", "3x10-30"): "--scenario 3x10-30: must be 3x10=10",
         ("--every", "0"): "--every 0: must be above 0",
         ("--start-delta", "0.5"): "--start-delta 0.5: must be above 1, or 0 for none",
-        (figure1,): f"{figure1}: has no column run",
     }.items():
-        assert run_here("docs/saddle.py", monkeypatch, *bad, "--out", out) == 2
-        assert capsys.readouterr().err == f"saddle.py: error: {line}\n"
+        status, _, err = run_here("docs/saddle.py", *bad, "--out", out)
+        assert (status, err) == (2, f"saddle.py: error: {line}\n")
 
 
-def test_saddle_looks_at_the_policies_of_the_script(monkeypatch):
+def test_saddle_looks_at_the_policies_of_the_script(load):
     """The guider's table of triples is that of its actions; its marginals are those of a table."""
-    saddle = load(ROOT / "docs" / "saddle.py", monkeypatch)
+    saddle = load("docs/saddle.py")
     rng = np.random.default_rng(0)
     digits = rng.dirichlet(np.ones(10), size=3)
     triples = saddle.independent(digits)
@@ -307,39 +305,32 @@ def test_saddle_looks_at_the_policies_of_the_script(monkeypatch):
     many = jax.tree.map(lambda x: np.broadcast_to(x, (20_000, *x.shape)), obs)
     params = {"guider": random_params(guider, 1, obs, np.zeros(3, int))}
     params["learner"] = random_params(learner, 2, obs)
-    action, *_ = magpo_ff.guider_act(guider, params["guider"], many, jax.random.PRNGKey(0))
-    triples, learner_digits = saddle.tables(guider, learner, params, obs)
+    act = jax.jit(functools.partial(magpo_ff.guider_act, guider))
+    action, *_ = act(params["guider"], many, jax.random.PRNGKey(0))
+    tables = jax.jit(functools.partial(saddle.tables, guider, learner))
+    triples, learner_digits = tables(params, obs)
     assert np.sum(triples) == pytest.approx(1, abs=1e-4)
     seen = np.bincount(np.ravel_multi_index(np.asarray(action).T, (10, 10, 10)), minlength=1000)
     np.testing.assert_allclose(seen / 20_000, triples, atol=0.02)
     np.testing.assert_allclose(np.sum(learner_digits, axis=-1), 1, atol=1e-5)
 
 
-def test_commands_of_the_benchmark(monkeypatch, capsys):
+def test_commands_of_the_benchmark(run_here, load, monkeypatch):
     """The sweep is listed, command by command; what is to be timed exists."""
     monkeypatch.chdir(ROOT)
     for flags in commands_of("benchmark/run.py"):
-        run_here("benchmark/run.py", monkeypatch, *flags, "--dry-run")
-        assert capsys.readouterr().out.count("--exp-name delta_") == 28
+        _, out, _ = run_here("benchmark/run.py", *flags, "--dry-run")
+        assert out.count("--exp-name delta_") == 28
     (flags,) = commands_of("benchmark/speed.py")
-    speed = load(ROOT / "benchmark" / "speed.py", monkeypatch)
+    speed = load("benchmark/speed.py")
     options = tyro.cli(speed.Options, args=flags)
     settings = [("magpo_rec.py", "sable", name, 64, 128) for name in ("2x10-30", "8x10-30")]
     assert speed.settings(options) == settings
 
 
-def test_scaled_tells_the_same_target():
-    scaled = importlib.import_module("docs.scaled")
-    for seed in range(5):
-        state, timestep = scaled.Scaled().reset(jax.random.PRNGKey(seed))
-        told = timestep.observation.agents_view * scaled.STD + scaled.MEAN
-        np.testing.assert_allclose(told, np.full((3, 1), state.target), atol=1e-5)
-
-
-def test_heatmap(monkeypatch, capsys, tmp_path):
+def test_heatmap(run_here, tmp_path):
     """A cell is the mean over seeds of the last evaluations."""
-    rows = []
-    bases = {"1.1": 10, "inf": 20}
+    rows, bases = [], {"1.1": 10, "inf": 20}
     for delta, coef, seed in itertools.product(bases, (0, 4), (1, 2)):
         run = {"env_id": "CoordSum-v0", "scenario": "3x10=10", "seed": seed, "guider": 30.0,
                "exp_name": f"delta_{delta}_lambda_{coef}", "win_rate": None, "learner_kl": None}
@@ -349,17 +340,15 @@ def test_heatmap(monkeypatch, capsys, tmp_path):
     pd.DataFrame(rows).assign(wall_seconds=1.0).to_csv(csv, index=False)
     (flags,) = commands_of("docs/heatmap.py")
     assert flags == ["benchmark/runs/heatmap"]
-    out = ["--last", "1", "--out", tmp_path / "heatmap.png"]
-    assert run_here("docs/heatmap.py", monkeypatch, csv, *out) == 0
-    assert is_picture(tmp_path / "heatmap.png")
-    printed = capsys.readouterr().out
+    flags = [csv, "--last", "1", "--out", tmp_path / "heatmap.png"]
+    status, out, _ = run_here("docs/heatmap.py", *flags)
+    assert status == 0 and is_picture(tmp_path / "heatmap.png")
     for row in ("1.1 | 0.0 | 11.5 | 30.0 | 18.5", "inf | 4.0 | 25.5 | 30.0 | 4.5"):
-        assert f"| {row} |" in printed
+        assert f"| {row} |" in out
 
     csv.write_text(csv.read_text().replace("delta_inf_lambda_4", "other"))
-    assert run_here("docs/heatmap.py", monkeypatch, csv, *out) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("heatmap.py: error: other: ") and error.count("\n") == 1
+    status, _, err = run_here("docs/heatmap.py", *flags)
+    assert status == 2 and err.startswith("heatmap.py: error: other: ") and err.count("\n") == 1
 
 
 # -------------------- The snippets of the other page ----------------------------------------------
@@ -398,17 +387,30 @@ def test_sweep(monkeypatch, capsys, tmp_path):
     assert seen == list(itertools.product(*choices))
 
 
-def test_quickstart(call, monkeypatch, capsys, tmp_path):
-    """The notebook's cells one after the other, from docs/ as Jupyter starts them, fewer steps."""
+def test_quickstart(monkeypatch, capsys, tmp_path):
+    """The notebook's cells one after the other, from docs/ as Jupyter starts them. In place of
+    training stands a run with networks as they start: what a run leaves is in test_resume.py."""
     monkeypatch.chdir(ROOT / "docs")
-    monkeypatch.setattr(sys, "argv", [])
     notebook = json.loads((ROOT / "docs" / "quickstart.ipynb").read_text())
     code = ["".join(x["source"]) for x in notebook["cells"] if x["cell_type"] == "code"]
     text = re.sub(r"^%pip install .*$", "", "\n".join(code), flags=re.M)
-    text = text.replace("150_000", "4096").replace("runs/quickstart", str(tmp_path))
+    text = text.replace("runs/quickstart", str(tmp_path))
+    accept = magpo_ff.main
+
+    def main():
+        folder = tmp_path / "CoordSum-v0__3x10=10__magpo_ff__1__1"
+        folder.mkdir()
+        test_examples.make_run(magpo_ff, "CoordSum-v0", "3x10=10", folder, embed_dim=4)
+        row = {"global_step": 0, "eval/guider_return": 1.5, "eval/learner_return": 0.5}
+        (folder / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+        monkeypatch.setattr(sys, "argv", [*sys.argv, "--dry-run"])
+        return accept()
+
+    monkeypatch.setattr(magpo_ff, "main", main)
+    monkeypatch.setattr(sys, "argv", [])
     names = {}
     exec(text, names)
-    assert names["rows"]["global_step"].tolist() == [0, 2048, 4096]
+    assert names["args"].scenario == "3x10=10" and len(names["rows"]) == 1
     assert len(re.findall(r"step \d/100 \| target 10 \|", capsys.readouterr().out)) == 5
 
 
@@ -434,16 +436,22 @@ def change(script, hunks):
     return text
 
 
-def load_changed(script, hunks, folder, monkeypatch):
-    path = folder / f"{script}.py"
-    path.write_text(change(script, hunks))
-    return load(path, monkeypatch)
+@pytest.fixture
+def load_changed(load, tmp_path):
+    """load_changed(script, hunks) -> the module of a script after a change."""
+
+    def module_of(script, hunks):
+        path = tmp_path / f"{script}.py"
+        path.write_text(change(script, hunks))
+        return load(path)
+
+    return module_of
 
 
-def test_change_of_the_learner(monkeypatch, tmp_path):
+def test_change_of_the_learner(load_changed):
     """It has one dense layer more, of the same width."""
     deeper, _, _ = guide_changes()
-    script = load_changed("magpo_ff", deeper, tmp_path, monkeypatch)
+    script = load_changed("magpo_ff", deeper)
     learner = script.Learner(8, 3, False)
     obs = script.Observation(np.zeros((1, 2, 5), np.float32), np.ones((1, 2, 3), bool))
     shapes = jax.eval_shape(learner.init, jax.random.PRNGKey(0), obs)["params"]
@@ -452,14 +460,14 @@ def test_change_of_the_learner(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("script", ["magpo_ff", "magpo_rec"])
-def test_schedules(script, monkeypatch, tmp_path):
+def test_schedules(script, load_changed, monkeypatch):
     """The guide's goes from 4 to --delta in either script, and those of the other page do what is
     said of them; all of them can be traced."""
     _, shorter, _ = guide_changes()
     _, lines = usage_blocks("python")
     above = "    optimizer = make_optimizer(args, rate)\n"
     shorter.append((above, lines + above))
-    module = load_changed(script, shorter, tmp_path, monkeypatch)
+    module = load_changed(script, shorter)
     args = module.Args(
         scenario="2x3-4", num_envs=4, num_steps=8, total_timesteps=320, num_devices=1, delta=1.1)
     deltas = [float(module.tether(args, number)) for number in range(11)]
@@ -475,29 +483,34 @@ def test_schedules(script, monkeypatch, tmp_path):
     expected = [(4, 4, 1e-4), (3.775, 3.654, 1e-3), (1.5, 1.464, 1e-3), (1.5, 0.536, 1e-3)]
     np.testing.assert_allclose(list(found.values()), expected, rtol=1e-3)
 
+    def minibatch_loss(params, args, *others):
+        return sum(jnp.sum(args.delta * x) for x in jax.tree.leaves(params)), {"ratio": args.delta}
+
+    monkeypatch.setattr(module, "minibatch_loss", minibatch_loss)
     env = module.make_env(args.env_id, args.scenario)
     parts = (args, env, *module.make_networks(args, env))
     state = jax.eval_shape(lambda: first_state(module, parts))
     assert jax.eval_shape(on_one_device(module.train_iteration, *parts), state)[0] == state
 
 
-def test_order_of_agents(monkeypatch, tmp_path):
+def test_order_of_agents(load_changed):
     """It is drawn for each episode and kept in it; every agent plays what was decided for it."""
     *_, drawn = guide_changes()
-    script = load_changed("magpo_ff", drawn, tmp_path, monkeypatch)
+    script = load_changed("magpo_ff", drawn)
     env = script.make_env("MPE_simple_spread_v3", "")
-    state = jax.vmap(env.reset)(jax.random.split(jax.random.PRNGKey(0), 20))
+    state = jax.jit(jax.vmap(env.reset))(jax.random.split(jax.random.PRNGKey(0), 20))
     assert len({tuple(order) for order in state.order.tolist()}) == 6
     action = np.random.default_rng(0).normal(size=(20, 3, 5)).astype(np.float32)
-    after, reward, *_ = jax.vmap(env.step)(state, action)
+    after, reward, *_ = jax.jit(jax.vmap(env.step))(state, action)
     np.testing.assert_array_equal(after.order, state.order)
     np.testing.assert_array_equal(np.argmax(after.obs.agents_view[..., :3], -1), state.order)
     plain = magpo_ff.make_env("MPE_simple_spread_v3", "")
     back = np.argsort(state.order, axis=1)
     own_action = np.take_along_axis(action, back[..., None], axis=1)
     fixed = magpo_ff.EnvState(state.game, None, state.episode)
-    expected, own_reward, *_ = jax.vmap(plain.step)(fixed, own_action)
-    jax.tree.map(np.testing.assert_array_equal, after.game, expected.game)
+    expected, own_reward, *_ = jax.jit(jax.vmap(plain.step))(fixed, own_action)
+    equal = functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6)
+    jax.tree.map(equal, after.game, expected.game)
     np.testing.assert_allclose(np.take_along_axis(np.asarray(reward), back, 1), own_reward)
 
 
@@ -507,8 +520,8 @@ def changed_run(environ, tmp_path_factory):
     folder = tmp_path_factory.mktemp("changed")
     hunks = [hunk for hunks in guide_changes() for hunk in hunks]
     (folder / "magpo_changed.py").write_text(change("magpo_ff", hunks))
-    flags = ["--env-id", "examples.my_env:Meet-v0", *TINY, "--run-dir", folder / "runs"]
-    flags += ["--delta", 1.01, "--learning-rate", 0.01, "--total-timesteps", 640]
+    flags = [*TINY, "--env-id", "examples.my_env:Meet-v0", "--scenario", "", *BUDGET]
+    flags += ["--run-dir", folder / "runs", "--delta", 1.01, "--learning-rate", 0.01, "--total-timesteps", 640]
     environ = environ | {"PYTHONPATH": str(ROOT)}
     run_program(folder / "magpo_changed.py", flags, environ, ROOT)
     return run_folder(folder / "runs")
@@ -522,20 +535,17 @@ def test_changed_tether_shortens_in_a_run(changed_run):
 
 
 @pytest.mark.slow
-def test_backtracking(changed_run, monkeypatch, capsys, tmp_path):
-    """The picture of a run, and one line about a folder that is none."""
+def test_backtracking(changed_run, run_here, tmp_path):
+    """The picture of a run, which can be drawn again, and one line about a folder that is none."""
     (flags,) = commands_of("docs/backtracking.py")
     assert flags == ["runs/RUN_FOLDER"]
-    more = ["--out", tmp_path / "x.png"]
-    export = ["--export", tmp_path / "x.csv"]
-    assert run_here("docs/backtracking.py", monkeypatch, changed_run, *more, *export) == 0
-    assert is_picture(tmp_path / "x.png")
-    out = capsys.readouterr().out
-    assert re.search(r"at the end: outside of the tether \d+\.\d%, KL \S+, gap -?\d+\.\d\d\n", out)
-    (tmp_path / "x.png").unlink()
-    assert run_here("docs/backtracking.py", monkeypatch, tmp_path / "x.csv", *more) == 0
-    assert is_picture(tmp_path / "x.png")
-    assert capsys.readouterr().out == out
-    assert run_here("docs/backtracking.py", monkeypatch, tmp_path, *more) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("backtracking.py: error: ") and error.count("\n") == 1
+    picture, csv = tmp_path / "x.png", tmp_path / "x.csv"
+    found = [
+        run_here("docs/backtracking.py", source, *flags, "--out", picture)
+        for source, flags in ((changed_run, ["--export", csv]), (csv, []), (tmp_path, []))]
+    assert found[0] == found[1] and found[0][0] == 0 and is_picture(picture)
+    line = r"at the end: outside of the tether \d+\.\d%, KL \S+, gap -?\d+\.\d\d\n"
+    assert re.search(line, found[0][1])
+    status, _, err = found[2]
+    assert status == 2
+    assert err.startswith("backtracking.py: error: ") and err.count("\n") == 1

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import random_obs, read_rows, run_folder, run_program, scripts_with, slow
+from conftest import random_obs, scripts_with, slow
 from flax.traverse_util import flatten_dict
 from PIL import Image
 from safetensors.numpy import save_file
@@ -20,23 +20,39 @@ from examples import enjoy, use_learner
 
 ROOT = pathlib.Path(__file__).parent.parent
 SCRIPTS = scripts_with("Learner", "main", feed_forward=True)[:1]
-TINY = """--env-id CoordSum-v0 --scenario 2x3-4 --num-envs 4 --num-steps 8 --eval-episodes 4
-          --embed-dim 8 --learner-hidden-dim 8 --update-epochs 1 --guider mat
-          --total-timesteps 64 --num-evals 1""".split()
+SIZES = {"guider": "mat", "embed_dim": 4, "learner_hidden_dim": 8}
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+
+def make_run(script, env_id, scenario, folder, **flags):
+    """What the examples read of a run, with networks as they start -> args, env, networks ..,
+    their parameters."""
+    args = script.Args(env_id=env_id, scenario=scenario, num_envs=1, num_devices=1, **flags)
+    env = script.make_env(env_id, scenario)
+    parts = (args, env, *script.make_networks(args, env))
+    init = functools.partial(script.init_state, *parts)
+    params = jax.jit(lambda *keys: init(*keys).params)(*jax.random.split(jax.random.PRNGKey(0)))
+    for name, tree in params.items():
+        save_file(flatten_dict(jax.device_get(tree), sep=","), folder / f"best_{name}.safetensors")
+        save_file(flatten_dict(jax.device_get(tree), sep=","), folder / f"{name}.safetensors")
+    about = {"script": script.SCRIPT, "args": vars(args)}
+    (folder / "args.json").write_text(json.dumps(about))
+    return *parts, params
 
 
 @pytest.fixture(scope="module", params=SCRIPTS + slow(scripts_with("init_hidden")))
-def finished(request, environ, tmp_path_factory):
-    """A script, and the folder of a tiny run of it."""
-    script, run_dir = request.param, tmp_path_factory.mktemp("runs")
-    run_program(script.__file__, [*TINY, "--run-dir", run_dir], environ)
-    return script, run_folder(run_dir)
+def finished(request, tmp_path_factory):
+    """A script, the folder of a run of it, and what `make_run` returns."""
+    script, folder = request.param, tmp_path_factory.mktemp("run")
+    parts = make_run(script, "CoordSum-v0", "2x3-4", folder, eval_episodes=4, **SIZES)
+    return script, folder, parts
 
 
 @pytest.mark.parametrize("flags", [[], ["--guider", "--which", "last", "--greedy"]], ids=str)
 def test_enjoy(finished, flags, call, tmp_path):
     """Figures with an interval, and a GIF of as many frames as asked for."""
-    _, folder = finished
+    _, folder, _ = finished
     gif = tmp_path / "episode.gif"
     status, out, _ = call(enjoy, folder, "--episodes", 8, "--gif", gif, "--max-frames", 4, *flags)
     assert status is None
@@ -47,28 +63,28 @@ def test_enjoy(finished, flags, call, tmp_path):
 
 
 def test_enjoy_gives_the_figures_of_the_run(finished):
-    """The last networks, played with the key of the last evaluation, have its very return."""
-    script, folder = finished
-    row = read_rows(folder)[-1]
-    eval_key = jax.random.split(jax.random.PRNGKey(1), 3)[2]
+    """The last networks, played with the key of an evaluation, have its very return."""
+    script, folder, (*parts, params) = finished
+    key = jax.random.PRNGKey(1)
+    row = jax.jit(functools.partial(script.evaluate, *parts))(params, key)
     for name in ("learner", "guider"):
         options = enjoy.Options(folder, episodes=4, which="last", guider=name == "guider")
         _, env, act, make_hidden = enjoy.load_team(options)
         hidden = [make_hidden(4)] if make_hidden else []
-        episode = script.play(env, act, *hidden, 4, jax.random.fold_in(eval_key, 2))
+        episode = script.play(env, act, *hidden, 4, key)
         assert np.mean(episode["return"]) == row[f"eval/{name}_return"]
 
 
 def test_use_learner(finished, call):
     """One episode in which each agent decides alone."""
-    _, folder = finished
+    _, folder, _ = finished
     status, out, _ = call(use_learner, folder)
     assert status is None and re.fullmatch(r"100 steps, return \d+\.000\n", out)
 
 
 def test_use_learner_decides_as_the_script(finished):
     """The actions are the script's greedy ones, step after step, also after an episode's end."""
-    script, folder = finished
+    script, folder, _ = finished
     found, args = use_learner.load_script(folder)
     env = script.make_env(args.env_id, args.scenario)
     learner, params = use_learner.load_learner(script, args, env, folder / "learner.safetensors")
@@ -105,20 +121,6 @@ def test_no_run(example, call, tmp_path):
     assert str(tmp_path) in err
 
 
-def make_run(script, env_id, scenario, folder, **flags):
-    """What the examples read of a run, with networks as they start."""
-    args = script.Args(env_id=env_id, scenario=scenario, num_envs=1, num_devices=1, **flags)
-    env = script.make_env(env_id, scenario)
-    init = functools.partial(script.init_state, args, env, *script.make_networks(args, env))
-    params = jax.jit(lambda *keys: init(*keys).params)(*jax.random.split(jax.random.PRNGKey(0)))
-    for name, tree in params.items():
-        save_file(flatten_dict(jax.device_get(tree), sep=","), folder / f"best_{name}.safetensors")
-        save_file(flatten_dict(jax.device_get(tree), sep=","), folder / f"{name}.safetensors")
-    about = {"script": script.SCRIPT, "args": vars(args)}
-    (folder / "args.json").write_text(json.dumps(about))
-    return env
-
-
 OWN_ENV = """
 import jax.numpy as jnp
 import jumanji
@@ -134,12 +136,12 @@ jumanji.register(id="Blind-v0", entry_point="blind:Blind")
 """
 
 
-def test_enjoy_own_environment(call, tmp_path, monkeypatch, quick_compile):
+def test_enjoy_own_environment(call, tmp_path, monkeypatch):
     """The example's environment is drawn; one that cannot be says what it needs, in one line."""
     script = SCRIPTS[0].values[0]
     gif = tmp_path / "team.gif"
     flags = ["--episodes", 2, "--gif", gif, "--max-frames", 3]
-    make_run(script, "examples.my_env:Meet-v0", "", tmp_path, guider="mat", embed_dim=4)
+    make_run(script, "examples.my_env:Meet-v0", "", tmp_path, **SIZES)
     status, out, _ = call(enjoy, tmp_path, *flags)
     assert status is None and "win rate: " in out
     with Image.open(gif) as picture:
@@ -150,13 +152,13 @@ def test_enjoy_own_environment(call, tmp_path, monkeypatch, quick_compile):
 
     (tmp_path / "blind.py").write_text(OWN_ENV)
     monkeypatch.chdir(tmp_path)
-    make_run(script, "blind:Blind-v0", "", tmp_path, guider="mat", embed_dim=4)
+    make_run(script, "blind:Blind-v0", "", tmp_path, **SIZES)
     status, _, err = call(enjoy, tmp_path, *flags)
     assert status == 2 and len(err.splitlines()) == 1
     assert "--gif" in err and "animate(" in err
 
 
-def test_learner_of_a_copy(call, tmp_path, quick_compile):
+def test_learner_of_a_copy(call, tmp_path):
     """A script that lies beside its runs is found, with networks of its own; one that is nowhere is
     named, with the folders that were searched."""
     script = SCRIPTS[0].values[0]
@@ -170,8 +172,7 @@ def test_learner_of_a_copy(call, tmp_path, quick_compile):
         copy = importlib.import_module("deeper")
     finally:
         sys.path.remove(str(tmp_path))
-    flags = {"guider": "mat", "embed_dim": 4, "learner_hidden_dim": 6}
-    make_run(copy, "CoordSum-v0", "2x3-4", tmp_path / "runs" / "one", **flags)
+    make_run(copy, "CoordSum-v0", "2x3-4", tmp_path / "runs" / "one", **SIZES)
     status, out, _ = call(use_learner, tmp_path / "runs" / "one")
     assert status is None and out.startswith("100 steps")
     assert call(enjoy, tmp_path / "runs" / "one", "--episodes", 2)[0] is None
@@ -186,10 +187,10 @@ def test_learner_of_a_copy(call, tmp_path, quick_compile):
 @pytest.mark.parametrize(
     "env_id, scenario", [("SMAX", "3m"), ("MPE_simple_spread_v3", "simple_spread_3ag")]
 )
-def test_enjoy_jaxmarl(env_id, scenario, call, tmp_path, quick_compile):
+def test_enjoy_jaxmarl(env_id, scenario, call, tmp_path):
     """The games of JaxMARL are drawn, too, and a win rate is among the figures."""
     script = SCRIPTS[0].values[0]
-    env = make_run(script, env_id, scenario, tmp_path, guider="mat", embed_dim=4)
+    _, env, *_ = make_run(script, env_id, scenario, tmp_path, **SIZES)
     gif = tmp_path / "team.gif"
     status, out, _ = call(enjoy, tmp_path, "--episodes", 2, "--gif", gif, "--max-frames", 4)
     assert status is None

@@ -1,12 +1,11 @@
-"""Tests of what joins the parts: the loop of training with its stops, resuming and files, the
-optimizer, and the team's discount.
+"""Tests of what joins the parts: the loop of training with its stops, resuming and files, and the
+team's discount.
 
 `train` is tested with stand-ins for what it calls, so that nothing large is compiled.
 """
 
 import errno
 import json
-import math
 import pathlib
 import types
 
@@ -14,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 from conftest import scripts_with
 from jax.experimental import io_callback
 from jumanji.types import StepType
@@ -22,7 +22,9 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 # -------------------- Training with stand-ins for its parts ---------------------------------------
-TRAIN = scripts_with("train", "train_iteration", "evaluate", "double_clip") or scripts_with("train")
+STAND_INS = ["init_state", "train_iteration", "make_networks", "evaluate"]
+TRAIN = scripts_with("train", "double_clip", replaced=STAND_INS)
+TRAIN = TRAIN or scripts_with("train", replaced=STAND_INS)
 STAND_IN_STEPS = 32  # of an iteration: 4 environments, 8 steps
 LOOP_FLAGS = {
     "num_evals": 3,
@@ -179,25 +181,23 @@ def test_times_and_speed(loop):
     assert len({row["time/compile_s"] for row in loop.rows}) == 1
 
 
+def num_iterations(path):
+    """The number of iterations in a file of networks."""
+    return safetensors.numpy.load_file(path)["i"]
+
+
 def test_best_and_last(loop):
     """Of the returns 16, 1, 1 and 9 the first is the best; the last networks are the newest."""
     _, _, folder = loop
-    read = script_of_safetensors(folder)
-    assert (read("keys.safetensors"), read("best_keys.safetensors")) == (7, 0)
-
-
-def script_of_safetensors(folder):
-    """read(name) -> the number of iterations in a file of networks."""
-    import safetensors.numpy
-
-    return lambda name: safetensors.numpy.load_file(folder / name)["i"]
+    assert num_iterations(folder / "best_keys.safetensors") == 0
+    assert num_iterations(folder / "keys.safetensors") == 7
 
 
 @pytest.mark.parametrize("script", TRAIN)
 def test_of_equally_good_networks_the_later_ones(script, tmp_path):
     """Iterations 0 and 8 have the same return."""
     train_with_stand_ins(script, tmp_path, total_timesteps=8 * STAND_IN_STEPS, num_evals=1)
-    assert script_of_safetensors(tmp_path)("best_keys.safetensors") == 8
+    assert num_iterations(tmp_path / "best_keys.safetensors") == 8
 
 
 def test_each_evaluation_has_a_key_of_its_own(loop):
@@ -339,26 +339,17 @@ def test_vanished_folder(script, tmp_path, capsys):
     assert f"cannot write {tmp_path / 'gone'}" in err and "No such file or directory" in err
 
 
-# -------------------- Optimizers ------------------------------------------------------------------
-@pytest.mark.parametrize("script", scripts_with("make_optimizer"))
-def test_steps_by_hand(script):
-    """Adam with epsilon 1e-5 for each network, on gradients cut off at the largest norm, which is
-    the network's own; shorter ones stay."""
-    args = script.Args(max_grad_norm=2.0)
-    optimizer = script.make_optimizer(args, 0.5)
-    names = optimizer.init({"guider": jnp.zeros(()), "learner": jnp.zeros(())})[0]
-    assert set(names) == {"guider", "learner"}
-    params = dict.fromkeys(names, jnp.zeros(()))
-    opt_state, steps = optimizer.init(params), []
-    for guider, learner in ((1.0, 1e-5), (50.0, 0.0)):
-        grads = {"guider": jnp.float32(guider), "learner": jnp.float32(learner)}
-        updates, opt_state = optimizer.update(grads, opt_state, params)
-        steps.append({name: -float(x) for name, x in updates.items()})
-    mean = (0.9 * 1.0 + 2.0) / 1.9  # of the guider's gradients 1 and 2
-    square = (0.999 * 1.0 + 4.0) / 1.999
-    np.testing.assert_allclose(steps[0]["guider"], 0.5, rtol=1e-4)
-    np.testing.assert_allclose(steps[0]["learner"], 0.25, rtol=1e-4)
-    np.testing.assert_allclose(steps[1]["guider"], 0.5 * mean / math.sqrt(square), rtol=1e-4)
+@pytest.mark.parametrize("script", TRAIN)
+def test_all_is_saved_before_a_line_is_printed(script, tmp_path, monkeypatch):
+    """If nobody reads it (`| head -1`), the checkpoint of the first evaluation is there."""
+
+    def write(line):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(script.tqdm, "write", write)
+    with pytest.raises(BrokenPipeError):
+        train_with_stand_ins(script, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == set(FILES)
 
 
 # -------------------- The team's discount ---------------------------------------------------------

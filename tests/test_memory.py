@@ -1,5 +1,7 @@
-"""Tests of memory: retention's three forms, the GRU, what ends with an episode, and acting against
-training."""
+"""Tests of memory: retention's three forms, the GRU, and what ends with an episode.
+
+That acting is deciding one by one, and as in training, is in test_reference.py.
+"""
 
 import functools
 import types
@@ -11,8 +13,6 @@ import numpy as np
 import pytest
 from conftest import (
     ScriptedEnv,
-    first_state,
-    make_parts,
     random_like,
     random_obs,
     random_params,
@@ -77,10 +77,10 @@ def retention_by_definition(params, x, source, causal, timestep, decay, memory, 
     return summed / rms * layers["norm"]["scale"]
 
 
-@pytest.mark.parametrize("num_heads, scaling", [(1, 0.8), (2, 0.8), (2, 0.0)])
-@pytest.mark.parametrize("causal", [True, False], ids=["decoder", "encoder"])
+@pytest.mark.parametrize("num_heads, scaling, causal", [
+    (1, 0.8, True), (2, 0.8, True), (2, 0.8, False), (2, 0.0, False)])  # causal: in the decoder
 @for_each_script
-def test_three_forms_of_retention(script, causal, num_heads, scaling):
+def test_three_forms_of_retention(script, num_heads, scaling, causal):
     """Chunks of any length = step after step = the definition, resets included; without decay
     (--decay-scaling-factor 0) each step is alone."""
     timestep = random_timesteps(1)
@@ -104,7 +104,7 @@ def test_three_forms_of_retention(script, causal, num_heads, scaling):
         step = (y[:, t : t + 1] for y in (x, source, timestep))
         mixed, state = one_step(params, *step, state, causal)
         np.testing.assert_allclose(mixed[:, 0], expected[:, t], rtol=1e-6, atol=1e-6)
-    for chunk_steps in (1, 3, 4, 12):
+    for chunk_steps in (1, 3, 12):
         mixed, end = mixer(chunk_steps)[1](params, x, source, timestep, memory, causal)
         np.testing.assert_allclose(mixed, expected, rtol=1e-6, atol=1e-6)
         np.testing.assert_allclose(end, state, rtol=1e-8, atol=1e-8)
@@ -112,10 +112,10 @@ def test_three_forms_of_retention(script, causal, num_heads, scaling):
 
 # -------------------- Guider and learner over a sequence ------------------------------------------
 @functools.cache
-def make_problem(script, kind, chunk_steps=4):
+def make_problem(script, kind):
     """Guider and learner with random parameters, observations (M, T, ...), actions, timesteps and
     hidden states."""
-    guider = script.Guider(kind, WIDTH, 2, 2, 0.8, chunk_steps, NUM_ACTIONS, False)
+    guider = script.Guider(kind, WIDTH, 2, 2, 0.8, 4, NUM_ACTIONS, False)
     learner = script.Learner(WIDTH, NUM_ACTIONS, False)
     shape = (NUM_SEQUENCES, NUM_STEPS)
     obs = random_obs(script, 0, shape, NUM_AGENTS, NUM_ACTIONS, NUM_FEATURES)
@@ -144,64 +144,6 @@ def compiled(script, kind):
         return policy.logits, value, learner_policy.logits
 
     return everything
-
-
-@pytest.mark.parametrize("kind, chunk_steps", [("sable", 4), ("sable", 12), ("mat", 4)])
-@for_each_script
-def test_acting_equals_training(script, kind, chunk_steps):
-    """Log-probs, values and learner's policies of acting step after step are those of one pass over
-    the whole rollout."""
-    guider, learner, params, obs, _, timestep, hidden = make_problem(script, kind, chunk_steps)
-
-    @jax.jit
-    def act_along():
-        def step(hidden, inputs):
-            obs, timestep, key = inputs
-            *acted, guider_hidden = script.guider_act(
-                guider, params["guider"], obs, timestep, hidden["guider"], key)
-            *learnt, learner_hidden = script.learner_act(
-                learner, params["learner"], obs, timestep, hidden["learner"], key)
-            return {"guider": guider_hidden, "learner": learner_hidden}, (*acted, *learnt)
-
-        inputs = jax.tree.map(lambda x: x.swapaxes(0, 1), (obs, timestep))
-        keys = jax.random.split(jax.random.PRNGKey(0), NUM_STEPS)
-        end, results = jax.lax.scan(step, hidden, (*inputs, keys))
-        return end, [x.swapaxes(0, 1) for x in results]
-
-    end, (action, log_prob, value, learner_action, learner_log_prob) = act_along()
-    policy, expected_value = jax.jit(guider.apply)(
-        params["guider"], obs, action, timestep, hidden["guider"])
-    np.testing.assert_allclose(log_prob, policy.log_prob(action), rtol=1e-8, atol=1e-8)
-    np.testing.assert_allclose(value, expected_value, rtol=1e-8, atol=1e-8)
-    policy, learner_end = jax.jit(learner.apply)(
-        params["learner"], obs, timestep, hidden["learner"])
-    expected = policy.log_prob(learner_action)
-    np.testing.assert_allclose(learner_log_prob, expected, rtol=1e-8, atol=1e-8)
-    np.testing.assert_allclose(end["learner"], learner_end, rtol=1e-8, atol=1e-8)
-    assert np.ptp(log_prob) > 0.1 and np.ptp(value) > 0.1 and np.ptp(learner_log_prob) > 0.1
-
-
-@for_each_kind
-@for_each_script
-def test_fixed_point_with_memory(script, kind):
-    """Deciding all at once again and again is deciding one by one, and the memory that is kept is
-    that of the actions taken."""
-    guider, _, params, obs, _, timestep, hidden = make_problem(script, kind)
-    obs, timestep, past = jax.tree.map(lambda x: x[:, 3], obs), timestep[:, 3], hidden["guider"]
-    key = jax.random.PRNGKey(4)
-    action, _, _, end = script.guider_act(guider, params["guider"], obs, timestep, past, key)
-    sequence = script.add_time((obs, timestep))
-    one_by_one = np.zeros((NUM_SEQUENCES, 1, NUM_AGENTS), np.int32)
-    for agent in range(NUM_AGENTS):
-        policy, _ = guider.apply(params["guider"], sequence[0], one_by_one, sequence[1], past)
-        one_by_one[:, :, agent] = policy.sample(seed=key)[:, :, agent]
-    np.testing.assert_array_equal(action, one_by_one[:, 0])
-    apply = functools.partial(guider.apply, params["guider"])
-    tokens, _, _ = apply(
-        sequence[0].agents_view, sequence[1], past["encoder"], method="encode")
-    _, expected = apply(
-        tokens, sequence[0], one_by_one, sequence[1], past["decoder"], method="decode")
-    jax.tree.map(np.testing.assert_allclose, end["decoder"], expected)
 
 
 @for_each_kind
@@ -311,82 +253,7 @@ def test_default_chunks(script, num_steps, num_agents, chunk_steps):
     assert script.make_networks(args, env)[0].chunk_steps == num_steps
 
 
-# -------------------- Rollouts --------------------------------------------------------------------
-@pytest.fixture(scope="module", params=SCRIPTS)
-def rollouts(request):
-    """Script, networks, parameters, and two rollouts, one after the other: [(state before, rollout,
-    state after)]."""
-    script = request.param
-    sizes = {"embed_dim": 8, "learner_hidden_dim": 8, "chunk_steps": 4}
-    parts = make_parts(script, ScriptedEnv(script), **sizes)
-    state = first_state(script, parts)
-    noise = random_like(1, state.params, 0.3)
-    params = jax.tree.map(lambda x, y: jnp.asarray(x + y, float), state.params, noise)
-    hidden = jax.tree.map(lambda x: jnp.asarray(x, float), state.hidden)
-    state = state._replace(params=params, hidden=hidden)
-    collect, found = jax.jit(functools.partial(script.collect, *parts)), []
-    for _ in range(2):
-        after, rollout = collect(state)
-        found.append((state, rollout, after))
-        state = after
-    return script, *parts[2:], state.params, found
-
-
-def test_every_first_ratio_is_one_over_whole_rollouts(rollouts):
-    """The log-probs of acting are those of training from the state at the start of the rollout,
-    across resets."""
-    _, guider, _, params, found = rollouts
-    apply = jax.jit(functools.partial(guider.apply, params["guider"]))
-    for before, rollout, _ in found:
-        obs, action, timestep = jax.tree.map(
-            lambda x: x.swapaxes(0, 1), (rollout.obs, rollout.action, rollout.timestep))
-        policy, value = apply(obs, action, timestep, before.hidden["guider"])
-        ratio = np.exp(policy.log_prob(action).swapaxes(0, 1) - rollout.behaviour_log_prob)
-        np.testing.assert_allclose(ratio, 1.0, rtol=0, atol=1e-8)
-        np.testing.assert_allclose(value.swapaxes(0, 1), rollout.value, rtol=1e-8, atol=1e-8)
-        assert np.sum(rollout.last) >= 4 and np.ptp(rollout.behaviour_log_prob) > 0.1
-        following = np.where(rollout.last[:-1], 0, rollout.timestep[:-1] + 1)
-        np.testing.assert_array_equal(rollout.timestep[1:], following)
-    assert np.any(found[1][1].timestep[0] > 0) and np.any(found[0][1].timestep[0] == 0)
-
-
-def test_learner_goes_along(rollouts):
-    """The learner's state after a rollout is that of one pass over all that its agents saw."""
-    _, _, learner, params, found = rollouts
-    for before, rollout, after in found:
-        obs = jax.tree.map(lambda x: x.swapaxes(0, 1), rollout.obs)
-        hidden = before.hidden["learner"]
-        _, hidden = learner.apply(params["learner"], obs, rollout.timestep.T, hidden)
-        np.testing.assert_allclose(after.hidden["learner"], hidden, rtol=1e-8, atol=1e-8)
-        assert np.ptp(hidden) > 0.1
-
-
-def test_next_value_is_that_of_the_true_last_observation(rollouts):
-    """The next value is the next step's, and where an episode ended that of what followed, with its
-    memory."""
-    _, guider, _, params, found = rollouts
-    (before, rollout, _), (_, next_rollout, _) = found
-    value, kinds = jnp.concatenate([rollout.value, next_rollout.value]), set()
-    encode = functools.partial(guider.clone(chunk_steps=1).apply, params["guider"], method="encode")
-    encode, steps = jax.jit(encode), jnp.arange(6.0)[None]
-    for t, b in np.ndindex(*rollout.last.shape):
-        if not rollout.last[t, b]:
-            expected = value[t + 1, b]
-            kinds |= {"end of the rollout"} if t == rollout.last.shape[0] - 1 else {"within"}
-        else:
-            length = int(rollout.timestep[t, b]) + 1
-            view = rollout.obs.agents_view[t + 1 - length : t + 1, b]  # the episode, from its start
-            final = view[-1].at[:, 2].add(1.0)  # one step on
-            # then nothing
-            nothing = jnp.zeros((5 - length, *final.shape))
-            view = jnp.concatenate([view, final[None], nothing])[None]
-            hidden = jax.tree.map(lambda x: x[b : b + 1], before.hidden["guider"]["encoder"])
-            expected = encode(view, steps, hidden)[1][0, length]
-            kinds |= {"truncated" if rollout.discount[t, b] else "terminated"}
-        np.testing.assert_allclose(rollout.next_value[t, b], expected, rtol=1e-8, atol=1e-8)
-    assert kinds == {"within", "end of the rollout", "truncated", "terminated"}
-
-
+# -------------------- Evaluation ------------------------------------------------------------------
 @for_each_script
 def test_evaluation_begins_without_memory(script):
     """A network plays from a hidden state of its own, with timesteps 0, 1, 2, ..., and remembers

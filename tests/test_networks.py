@@ -9,12 +9,8 @@ import pytest
 from conftest import make_guider, random_obs, random_params, scripts_with
 
 NUM_ACTIONS, NUM_FEATURES = 4, 5
-GUIDER_SCRIPTS = scripts_with(
-    "Mixer", "Mlp", "Policy", "Guider", "guider_act", feed_forward=True, distinct=True
-)
-LEARNER_SCRIPTS = scripts_with(
-    "Learner", "Policy", "learner_act", feed_forward=True, distinct=True
-)
+GUIDER_SCRIPTS = scripts_with("Guider", "guider_act", feed_forward=True)
+LEARNER_SCRIPTS = scripts_with("Learner", "learner_act", feed_forward=True)
 pytestmark = pytest.mark.usefixtures("quick_compile", "double_precision")
 
 
@@ -44,61 +40,69 @@ def masked_log_softmax(logits, mask):
     return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
 
-SHAPES = [  # kind, agents, blocks, heads
-    ("mat", 8, 1, 2), ("mat", 1, 1, 1), ("sable", 8, 1, 2), ("sable", 3, 2, 1), ("sable", 1, 1, 1),
+SHAPES = [  # kind, agents, blocks, heads, continuous
+    ("mat", 8, 1, 2, False), ("sable", 8, 1, 2, False), ("mat", 1, 1, 1, False),
+    ("mat", 8, 1, 2, True), ("sable", 3, 2, 1, True),
 ]
 FIVE_AGENTS = [("mat", 5, 2, 4), ("sable", 5, 2, 1)]
 
 
-@pytest.mark.parametrize("way", ["sampled", "sharp", "greedy"])
-@pytest.mark.parametrize("continuous", [False, True], ids=["discrete", "continuous"])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("script", GUIDER_SCRIPTS)
-def test_acting_is_deciding_one_by_one(script, shape, continuous, way):
-    """Deciding all at once again and again gives what agent after agent would decide with the same
-    random numbers, after at most N passes; sharp policies hang on what they are told. Log-probs and
-    values are those of one parallel pass over the actions, which is what training sees."""
-    guider, apply, _, params = build(script, *shape, continuous)
-    head = params["params"]["policy"]["out"]
-    head = jax.tree.map(lambda x: (8.0 if way == "sharp" else 1.0) * x, head)
-    policy_params = {**params["params"]["policy"], "out": head}
-    params = {"params": {**params["params"], "policy": policy_params}}
-    num_agents, greedy = shape[1], way == "greedy"
-    obs = random_obs(script, 5, 256, num_agents, NUM_ACTIONS)
-    key, passes = jax.random.PRNGKey(6), []
+def counting_passes(guider, passes):
+    """The guider, with a list that gets longer with each pass of the decoder."""
 
     class Counting(type(guider)):
         def decode(self, *inputs):
             jax.debug.callback(lambda: passes.append(1))
             return super().decode(*inputs)
 
-    fields = {name: getattr(guider, name) for name in guider.__dataclass_fields__
-              if name not in ("parent", "name")}
-    act = jax.jit(functools.partial(script.guider_act, Counting(**fields), greedy=greedy))
-    action, log_prob, value = act(params, obs, key)
-    jax.effects_barrier()
-    assert 1 <= len(passes) <= num_agents
+    names = guider.__dataclass_fields__.keys() - {"parent", "name"}
+    return Counting(**{name: getattr(guider, name) for name in names})
 
-    def decide(policy):
-        if greedy and not continuous:
-            return masked_log_softmax(policy.logits, obs.action_mask).argmax(-1)
-        return policy.mode() if greedy else policy.sample(seed=key)
 
-    one_by_one = np.zeros_like(action)
-    for agent in range(num_agents):
-        policy, _ = apply(params, obs, one_by_one)
-        one_by_one[:, agent] = decide(policy)[:, agent]
-    np.testing.assert_allclose(action, one_by_one, rtol=1e-9, atol=1e-9)
-    policy, expected_value = apply(params, obs, one_by_one)
-    expected = policy.log_prob(one_by_one)
-    if not continuous:
-        log_probs = masked_log_softmax(policy.logits, obs.action_mask)
-        expected = np.take_along_axis(log_probs, one_by_one[..., None], axis=-1)[..., 0]
-    np.testing.assert_allclose(log_prob, expected, rtol=1e-8, atol=1e-8)
-    np.testing.assert_allclose(value, expected_value, rtol=1e-8, atol=1e-8)
-    # It is no accident: agents who are told nothing decide otherwise.
-    alone, _ = apply(params, obs, np.zeros_like(one_by_one))
-    assert np.any(np.abs(decide(alone) - action) > 1e-6) == (num_agents > 1)
+def sharpened(params):
+    """Parameters with which policies hang on what they are told."""
+    policy = params["params"]["policy"]
+    policy = policy | {"out": jax.tree.map(lambda x: 8.0 * x, policy["out"])}
+    return {"params": params["params"] | {"policy": policy}}
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("script", GUIDER_SCRIPTS)
+def test_fixed_point_is_deciding_one_by_one(script, shape):
+    """Deciding all at once again and again gives what agent after agent would decide with the same
+    random numbers, after at most N passes, sampled or greedily. Log-probs and values are those of
+    one parallel pass over the actions, which is what training sees."""
+    guider, _, _, soft_params = build(script, *shape)
+    num_agents, passes = shape[1], []
+    obs, key = random_obs(script, 5, 256, num_agents, NUM_ACTIONS), jax.random.PRNGKey(6)
+    act = functools.partial(script.guider_act, counting_passes(guider, passes))
+    act = jax.jit(act, static_argnames="greedy")
+
+    @jax.jit
+    def one_pass(params, action):
+        """What agents do, sampled and greedily, if they are told of these actions; the log-probs
+        and values of these actions."""
+        policy, value = guider.apply(params, obs, action)
+        decided = {False: policy.sample(seed=key), True: policy.mode()}
+        return decided, policy.log_prob(action), value
+
+    for params, greedy in ((soft_params, False), (sharpened(soft_params), False),
+                           (soft_params, True)):
+        passes.clear()
+        action, *found = act(params, obs, key, greedy=greedy)
+        jax.effects_barrier()
+        assert 1 <= len(passes) <= num_agents
+        one_by_one = np.zeros_like(action)
+        alone, *_ = one_pass(params, one_by_one)
+        for agent in range(num_agents):
+            decided, *_ = one_pass(params, one_by_one)
+            one_by_one[:, agent] = decided[greedy][:, agent]
+        np.testing.assert_allclose(action, one_by_one, rtol=1e-9, atol=1e-9)
+        _, *expected = one_pass(params, one_by_one)
+        np.testing.assert_allclose(found, expected, rtol=1e-8, atol=1e-8)
+        # It is no accident: agents who are told nothing decide otherwise.
+        differs = np.abs(alone[greedy] - action) > 1e-6
+        assert np.any(differs) == (num_agents > 1)
 
 
 @pytest.mark.parametrize("script", GUIDER_SCRIPTS)
@@ -178,7 +182,7 @@ def test_learner_never_takes_an_illegal_action(script):
     np.testing.assert_allclose(log_prob, log_probs.max(-1), rtol=1e-8)
 
 
-@pytest.mark.parametrize("script", scripts_with("Policy", distinct=True))
+@pytest.mark.parametrize("script", scripts_with("Policy"))
 def test_masked_policy(script):
     """Illegal actions have probability 0, the entropy is that of the legal ones, and gradients are
     finite."""
@@ -212,13 +216,13 @@ def test_learner_is_decentralized(script):
     def logits(view):
         return apply(params, obs._replace(agents_view=view[None])).logits[0]
 
-    jacobian = np.asarray(jax.jacrev(logits)(obs.agents_view[0]))  # (N, A, N, O)
+    jacobian = np.asarray(jax.jit(jax.jacrev(logits))(obs.agents_view[0]))  # (N, A, N, O)
     for i in range(3):
         for j in range(3):
             assert np.any(jacobian[i, :, j] != 0) == (i == j)
 
 
-@pytest.mark.parametrize("script", scripts_with("Dense", distinct=True))
+@pytest.mark.parametrize("script", scripts_with("Dense"))
 def test_dense_is_flaxs(script):
     """It flattens and restores the axes before the last, and is flax's dense layer otherwise."""
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 4, 5)))

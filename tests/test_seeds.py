@@ -6,14 +6,12 @@ import re
 import numpy as np
 import pytest
 import safetensors.numpy
-from conftest import CLOCKS, read_rows, run_program
+from conftest import CLOCKS, TINY, read_rows, run_program
 
 from examples import seeds
 
 ROOT = pathlib.Path(__file__).parent.parent
-FLAGS = """--env-id CoordSum-v0 --scenario 2x3-4 --num-envs 4 --num-steps 8 --eval-episodes 4
-           --embed-dim 8 --learner-hidden-dim 8 --update-epochs 1 --total-timesteps 96
-           --num-evals 2 --guider mat""".split()
+FLAGS = [*TINY, "--total-timesteps", "96", "--num-evals", "2", "--guider", "mat"]
 
 
 def run(program, flags, folder, environ):

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tokenize
 
+import conftest
 import pytest
 from conftest import run_program
 
@@ -138,10 +139,10 @@ def test_diff(pair):
 
 
 def test_length_of_tests():
-    """The tests do not outgrow what they test: a variant may add a hundred lines."""
+    """The tests do not outgrow what they test."""
     files = (ROOT / "tests").glob("*.py")
     number = sum(len(file.read_text().splitlines()) for file in files)
-    assert number <= 7000 + 100 * len(VARIANTS)
+    assert number <= 6500
 
 
 def test_lint():
@@ -190,19 +191,38 @@ def test_short_functions(script):
 
 
 # ------------------------------------------------------------------------------------- alone, alike
-def test_suite_is_aimed_at_a_copy(tmp_path):
-    """MAGPO_SCRIPTS names what is tested; a name without a script fails and skips nothing."""
-    (tmp_path / "my_algo.py").write_text(text("magpo_ff"))
-    flags = ["-n", "0", "--collect-only", "tests/test_networks.py"]
-    command = [sys.executable, "-m", "pytest", *flags]
-    for name, status, said in (
-        ("my_algo", 0, "test_learner_is_decentralized[my_algo]"),
-        ("nowhere", pytest.ExitCode.USAGE_ERROR, "no script to test: nowhere"),
-    ):
-        environ = os.environ | {"MAGPO_SCRIPTS": name, "PYTHONPATH": str(tmp_path)}
-        done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True)
-        assert done.returncode == status and said in done.stdout + done.stderr
-        assert "[magpo_ff" not in done.stdout
+def test_suite_is_aimed_at_a_copy(tmp_path, monkeypatch):
+    """MAGPO_SCRIPTS names what is tested, also if it is a twin of another script in part; a name
+    without a script fails and skips nothing."""
+    for name in ("my_algo", "my_twin"):
+        (tmp_path / f"{name}.py").write_text(text("magpo_ff"))
+    command = "-m pytest -n 0 --collect-only tests/test_networks.py".split()
+    environ = {"MAGPO_SCRIPTS": "my_algo my_twin", "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=os.environ | environ, capture_output=True,
+        text=True)
+    for name in ("my_algo", "my_twin"):
+        assert f"test_learner_is_decentralized[{name}]" in done.stdout
+    assert done.returncode == 0 and "[magpo_ff" not in done.stdout
+
+    monkeypatch.setattr(conftest, "NAMED", ["nowhere"])
+    with pytest.raises(pytest.UsageError, match="no script to test: nowhere"):
+        conftest.pytest_configure(None)
+
+
+def test_twins_are_tested_once(tmp_path, monkeypatch):
+    """A script is left out where all that is called, constants too, is the text of an earlier
+    one, unless what differs is replaced; comments do not count."""
+    text = "A = 1\n\ndef f():\n    return g()\n\ndef g():\n    return A\n"
+    changes = {"first": "", "twin": "# a comment\n", "other": "A = 2\n"}
+    for name, change in changes.items():
+        (tmp_path / f"{name}.py").write_text(text + change)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(conftest, "SCRIPTS", list(changes))
+    monkeypatch.setattr(conftest, "NAMED", [])
+    assert [x.id for x in conftest.scripts_with("f")] == ["first", "other"]
+    for replaced in ("A", "g"):
+        assert [x.id for x in conftest.scripts_with("f", replaced=[replaced])] == ["first"]
 
 
 @for_each_script

@@ -37,103 +37,74 @@ def pairs(by_suite):
 
 
 # ----------------------------------------------------------------------------------- scenario names
-# The paper's scenarios.
-RWARE_SCENARIOS = """tiny-2ag tiny-2ag-hard tiny-4ag tiny-4ag-hard small-4ag small-4ag-hard
-    medium-4ag medium-4ag-hard medium-6ag large-4ag large-4ag-hard large-8ag large-8ag-hard
-    xlarge-4ag xlarge-4ag-hard""".split()
-BOARDS = {  # rows and columns
-    "tiny": (11, 10), "small": (20, 10), "medium": (20, 16), "large": (29, 16), "xlarge": (38, 16)}
+SCENARIOS = {  # the paper's; each begins with agents, features, actions
+    RWARE: {  # rows, columns, requests: N, 2 N if easy, N / 2 if hard
+        "tiny-2ag": (2, 66, 5, 11, 10, 2), "tiny-2ag-hard": (2, 66, 5, 11, 10, 1),
+        "tiny-4ag": (4, 66, 5, 11, 10, 4), "tiny-4ag-hard": (4, 66, 5, 11, 10, 2),
+        "small-4ag": (4, 66, 5, 20, 10, 4), "small-4ag-hard": (4, 66, 5, 20, 10, 2),
+        "medium-4ag": (4, 66, 5, 20, 16, 4), "medium-4ag-hard": (4, 66, 5, 20, 16, 2),
+        "medium-6ag": (6, 66, 5, 20, 16, 6), "large-4ag": (4, 66, 5, 29, 16, 4),
+        "large-4ag-hard": (4, 66, 5, 29, 16, 2), "large-8ag": (8, 66, 5, 29, 16, 8),
+        "large-8ag-hard": (8, 66, 5, 29, 16, 4), "xlarge-4ag": (4, 66, 5, 38, 16, 4),
+        "xlarge-4ag-hard": (4, 66, 5, 38, 16, 2)},
+    LBF: {  # food, size, sight (all without it), cooperation
+        "2s-8x8-2p-2f-coop": (2, 12, 6, 2, 8, 2, True), "8x8-2p-2f-coop": (2, 12, 6, 2, 8, 8, True),
+        "2s-10x10-3p-3f": (3, 18, 6, 3, 10, 2, False), "10x10-3p-3f": (3, 18, 6, 3, 10, 10, False),
+        "15x15-3p-5f": (3, 24, 6, 5, 15, 15, False), "15x15-4p-3f": (4, 21, 6, 3, 15, 15, False),
+        "15x15-4p-5f": (4, 27, 6, 5, 15, 15, False)},
+    CONNECTOR: {  # size, time limit
+        "con-5x5x3a": (3, 54, 5, 5, 25), "con-7x7x5a": (5, 54, 5, 7, 49),
+        "con-10x10x10a": (10, 54, 5, 10, 100), "con-15x15x23a": (23, 54, 5, 15, 225)},
+    COORDSUM: {  # targets
+        "3x10-30": (3, 1, 10, 30), "3x30-50": (3, 1, 30, 50), "5x20-80": (5, 1, 20, 80),
+        "8x15-100": (8, 1, 15, 100)},
+    SMAX: {  # enemies, whether units and places are drawn anew
+        "2s3z": (5, 127, 10, 5, False), "3s5z": (8, 205, 13, 8, False),
+        "3s_vs_5z": (3, 101, 10, 5, False), "5m_vs_6m": (5, 140, 11, 6, False),
+        "6h_vs_8z": (6, 179, 13, 8, False), "10m_vs_11m": (10, 270, 16, 11, False),
+        "27m_vs_30m": (27, 738, 35, 30, False), "3s5z_vs_3s6z": (8, 218, 14, 9, False),
+        "smacv2_5_units": (5, 127, 10, 5, True), "smacv2_10_units": (10, 257, 15, 10, True)},
+    SPREAD: {  # landmarks
+        "simple_spread_3ag": (3, 18, 5, 3), "simple_spread_5ag": (5, 30, 5, 5),
+        "simple_spread_10ag": (10, 60, 5, 10)},
+}
 
 
-@pytest.mark.parametrize("name", [*RWARE_SCENARIOS, "tiny-4ag-easy"])
-def test_rware_scenarios(name):
-    """size-Nag[-easy|-hard] sets board, agents and requests: N, 2 N if easy, N / 2 if hard."""
-    size, num_agents, *level = name.removesuffix("ag").replace("ag-", "-").split("-")
-    num_agents, env = int(num_agents), make(RWARE, name)
-    assert shapes(env) == ((num_agents, 66), (num_agents, 5))
-    state, _ = jax.eval_shape(env.reset, jax.random.PRNGKey(0))
-    assert state.grid.shape[-2:] == BOARDS[size]
-    requests = {"easy": 2 * num_agents, "hard": num_agents // 2}
-    assert state.request_queue.shape == (requests[level[0]] if level else num_agents,)
-    assert (env.time_limit, env.sensor_range) == (500, 1)
-
-
-LBF_SCENARIOS = [  # name, agents, food, size, sight, cooperation
-    ("2s-8x8-2p-2f-coop", 2, 2, 8, 2, True), ("8x8-2p-2f-coop", 2, 2, 8, 8, True),
-    ("2s-10x10-3p-3f", 3, 3, 10, 2, False), ("10x10-3p-3f", 3, 3, 10, 10, False),
-    ("15x15-3p-5f", 3, 5, 15, 15, False), ("15x15-4p-3f", 4, 3, 15, 15, False),
-    ("15x15-4p-5f", 4, 5, 15, 15, False)]
-
-
-@pytest.mark.parametrize("name, num_agents, num_food, size, sight, coop", LBF_SCENARIOS)
-def test_lbf_scenarios(name, num_agents, num_food, size, sight, coop):
-    """[Ss-]GxG-Np-Ff[-coop] sets sight (all without it), board, players, food and cooperation."""
-    env = make(LBF, name)
-    assert shapes(env) == ((num_agents, 3 * (num_agents + num_food)), (num_agents, 6))
-    game = env._generator
-    assert (game.grid_size, game.fov, game.num_food) == (size, sight, num_food)
-    assert (game.force_coop, game.max_agent_level, env.time_limit) == (coop, 2, 100)
-
-
-CONNECTOR_SCENARIOS = [  # name, size, agents
-    ("con-5x5x3a", 5, 3), ("con-7x7x5a", 7, 5), ("con-10x10x10a", 10, 10),
-    ("con-15x15x23a", 15, 23)]
-
-
-@pytest.mark.parametrize("name, size, num_agents", CONNECTOR_SCENARIOS)
-def test_connector_scenarios(name, size, num_agents):
-    """con-GxGxNa sets board, agents, a time limit of G * G, and the papers' generator of boards."""
-    env = make(CONNECTOR, name)
-    assert shapes(env) == ((num_agents, 54), (num_agents, 5))
-    assert (env.grid_size, env.time_limit) == (size, size * size)
-    assert type(env._generator).__name__ == "LegacyRandomWalkGenerator"
-
-
-COORDSUM_SCENARIOS = [  # name, agents, actions, targets
-    ("3x10-30", 3, 10, 30), ("3x30-50", 3, 30, 50), ("5x20-80", 5, 20, 80),
-    ("8x15-100", 8, 15, 100)]
-
-
-@pytest.mark.parametrize("name, num_agents, num_actions, max_target", COORDSUM_SCENARIOS)
-def test_coordsum_scenarios(name, num_agents, num_actions, max_target):
-    """NxA-M sets agents, actions and targets; each agent sees the target."""
-    env = make(COORDSUM, name)
-    assert shapes(env) == ((num_agents, 1), (num_agents, num_actions))
-    assert (env.max_target, env.time_limit) == (max_target, 100)
-
-
-SMAX_SCENARIOS = [  # name, allies, enemies, features, actions
-    ("2s3z", 5, 5, 127, 10), ("3s5z", 8, 8, 205, 13), ("3s_vs_5z", 3, 5, 101, 10),
-    ("5m_vs_6m", 5, 6, 140, 11), ("6h_vs_8z", 6, 8, 179, 13), ("10m_vs_11m", 10, 11, 270, 16),
-    ("27m_vs_30m", 27, 30, 738, 35), ("3s5z_vs_3s6z", 8, 9, 218, 14),
-    ("smacv2_5_units", 5, 5, 127, 10), ("smacv2_10_units", 10, 10, 257, 15)]
-
-
-@pytest.mark.parametrize("name, num_agents, num_enemies, num_features, num_actions", SMAX_SCENARIOS)
-def test_smax_scenarios(name, num_agents, num_enemies, num_features, num_actions):
-    """A map sets the units of both sides; the rest of the game is as in the paper."""
-    env = make(SMAX, name)
-    assert shapes(env) == ((num_agents, num_features), (num_agents, num_actions))
+def parts_of(env_id, env):
+    """What a scenario sets besides agents, features and actions, and whether the rest is as in the
+    papers."""
+    if env_id == RWARE:
+        state, _ = jax.eval_shape(env.reset, jax.random.PRNGKey(0))
+        own = (*state.grid.shape[-2:], *state.request_queue.shape)
+        return own, (env.time_limit, env.sensor_range) == (500, 1)
+    if env_id == LBF:
+        game = env._generator
+        own = (game.num_food, game.grid_size, game.fov, game.force_coop)
+        return own, (game.max_agent_level, env.time_limit) == (2, 100)
+    if env_id == CONNECTOR:
+        is_legacy = type(env._generator).__name__ == "LegacyRandomWalkGenerator"
+        return (env.grid_size, env.time_limit), is_legacy
+    if env_id == COORDSUM:
+        return (env.max_target,), env.time_limit == 100
     game = env.game
-    assert game.num_enemies == num_enemies
-    chance = (game.smacv2_unit_type_generation, game.smacv2_position_generation)
-    assert chance == (name.startswith("smacv2"),) * 2
-    assert (game.attack_mode, game.enemy_shoots) == ("closest", True)
-    assert game.see_enemy_actions and game.walls_cause_death and not game.use_self_play_reward
-    assert (game.won_battle_bonus, game.world_steps_per_env_step) == (1.0, 8)
-    assert env.time_limit == 101
+    if env_id == SPREAD:
+        return (game.num_landmarks,), game.local_ratio == 0.5 and env.own_rewards
+    own = (game.num_enemies, game.smacv2_unit_type_generation)
+    rest = (game.attack_mode, game.enemy_shoots, game.see_enemy_actions, game.walls_cause_death,
+            game.use_self_play_reward, game.won_battle_bonus, game.world_steps_per_env_step)
+    drawn = game.smacv2_unit_type_generation == game.smacv2_position_generation
+    return own, drawn and rest == ("closest", True, True, True, False, 1.0, 8)
 
 
-SPREAD_SCENARIOS = [("simple_spread_3ag", 3), ("simple_spread_5ag", 5), ("simple_spread_10ag", 10)]
-
-
-@pytest.mark.parametrize("name, num_agents", SPREAD_SCENARIOS)
-def test_spread_scenarios(name, num_agents):
-    """simple_spread_Nag sets agents and landmarks; all five numbers of an action are legal."""
-    env = make(SPREAD, name)
-    assert shapes(env) == ((num_agents, 6 * num_agents), (num_agents, 5))
-    assert (env.game.num_landmarks, env.game.local_ratio) == (num_agents, 0.5)
-    assert env.own_rewards and env.time_limit == 26
+@pytest.mark.parametrize("env_id, scenario", [*pairs(SCENARIOS), (RWARE, "tiny-4ag-easy")])
+def test_scenarios(env_id, scenario):
+    """A scenario's name sets what the table says, and all else is as in the papers."""
+    env = make(env_id, scenario)
+    view, mask = shapes(env)
+    own, as_in_the_papers = parts_of(env_id, env)
+    assert as_in_the_papers and view[0] == mask[0]
+    easy = {"tiny-4ag-easy": (4, 66, 5, 11, 10, 8)}
+    assert (*view, mask[1], *own) == (SCENARIOS[env_id] | easy)[scenario]
 
 
 @pytest.mark.parametrize("env_id, views, masks", [
@@ -150,17 +121,14 @@ def test_no_scenario(env_id, views, masks):
 # ----------------------------------------------------------------------------- the paper's 43 tasks
 def test_paper_tasks():
     """The list holds the scenarios above, suite by suite, and no other."""
-    tables = {
-        LBF: LBF_SCENARIOS, CONNECTOR: CONNECTOR_SCENARIOS, SMAX: SMAX_SCENARIOS,
-        SPREAD: SPREAD_SCENARIOS, COORDSUM: COORDSUM_SCENARIOS}
-    names = {env_id: [row[0] for row in rows] for env_id, rows in tables.items()}
-    assert tasks.PAPER_TASKS == names | {RWARE: RWARE_SCENARIOS}
+    assert tasks.PAPER_TASKS == {env_id: list(names) for env_id, names in SCENARIOS.items()}
     assert tasks.PAPER_TASKS.keys() == tasks.SUITES.keys()
     assert sum(map(len, tasks.PAPER_TASKS.values())) == 43
 
 
 def play_twice(env, key):
-    """A reset and two steps with random legal actions -> the timesteps (3, ...)."""
+    """A reset and two steps with random legal actions -> the timesteps (3, ...), the state after
+    them, and what magpo_ff_state.py tells of it."""
 
     def step(carry, key):
         state, mask = carry
@@ -173,8 +141,9 @@ def play_twice(env, key):
 
     state, first = env.reset(key)
     carry = (state, first.observation.action_mask)
-    _, later = jax.lax.scan(step, carry, jax.random.split(key))
-    return jax.tree.map(lambda x, xs: jnp.concatenate([x[None], xs]), first, later)
+    (state, _), later = jax.lax.scan(step, carry, jax.random.split(key))
+    timesteps = jax.tree.map(lambda x, xs: jnp.concatenate([x[None], xs]), first, later)
+    return timesteps, state, env.global_state(state)
 
 
 # One of each suite is compiled and run, those beside which the recorded episodes are small.
@@ -182,20 +151,45 @@ LARGE = ["8x15-100", "large-8ag-hard", "15x15-4p-5f", "con-15x15x23a", "smacv2_1
          "simple_spread_10ag"]
 
 
-@pytest.mark.parametrize("env_id, scenario", pairs(tasks.PAPER_TASKS))
+@pytest.mark.parametrize("env_id, scenario", [
+    pytest.param(*task, marks=[] if task[1] in LARGE else pytest.mark.slow)
+    for task in pairs(tasks.PAPER_TASKS)])
 def test_paper_tasks_play(env_id, scenario):
     """Every task can be reset and stepped under jit and vmap, and keeps its shapes and dtypes."""
     env = make(env_id, scenario)
     play = jax.jit(jax.vmap(functools.partial(play_twice, env)))
     keys = jax.random.split(jax.random.PRNGKey(0), 2)
-    timesteps = jax.eval_shape(play, keys) if scenario not in LARGE else play(keys)
+    timesteps, states, told = jax.eval_shape(play, keys) if scenario not in LARGE else play(keys)
     assert timesteps.observation.action_mask.shape == (2, 3, *shapes(env)[1])
-    assert timesteps.reward.dtype == timesteps.discount.dtype == jnp.float32
+    assert timesteps.reward.dtype == timesteps.discount.dtype == told.dtype == jnp.float32
+    assert told.ndim == 2
     if scenario in LARGE:
-        assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(timesteps))
+        assert all(np.all(np.isfinite(x)) for x in (told, *jax.tree.leaves(timesteps)))
         assert np.all(np.any(timesteps.observation.action_mask, axis=-1))
         view = np.asarray(timesteps.observation.agents_view)
         assert not np.array_equal(view[0], view[1])  # another key, another episode
+        for i in range(2):
+            check_global_state(env_id, jax.tree.map(lambda x: x[i], states), np.asarray(told[i]))
+
+
+def check_global_state(env_id, state, told):
+    """What a state of one of the games above tells, compared with the state itself."""
+    if env_id == "CoordSum-v0":
+        counts = state.counts[state.target]
+        assert (told[:15] * 100).sum() == pytest.approx(counts.sum())
+        assert told[15:].tolist() == np.eye(15)[np.argmax(counts)].tolist()
+    elif env_id == "RobotWarehouse-v0":
+        shelves, robots, requested = told[: 3 * state.grid[0].size].reshape(3, -1).sum(axis=1)
+        assert (robots, requested) == (8, 4) and shelves == len(state.shelves.is_requested)
+    elif env_id == "LevelBasedForaging-v0":
+        np.testing.assert_allclose(told[:8].reshape(4, 2) * 15, state.agents.position)
+        assert told[-5:].tolist() == (~state.food_items.eaten).tolist()
+    elif env_id == "Connector-v3":
+        assert told[:225].sum() == np.sum(state.grid == 0) and np.all(told[225:] < 1)
+    elif env_id == "SMAX":
+        assert np.all(told[:200].reshape(20, 10)[:, 0] > 0)  # twenty units, all in good health
+    else:
+        assert told[:40].tolist() == state.game_state.p_pos.ravel().tolist()
 
 
 def test_table(monkeypatch, capsys):

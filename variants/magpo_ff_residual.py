@@ -38,8 +38,10 @@ axes. D with a number (D1, D2, ..) is a detail that docs/details.md compares wit
 What has nothing to do with MAGPO comes last: saving, logging, starting and the outer loop.
 """
 import collections
+import contextlib
 import dataclasses
-import importlib
+import importlib.metadata
+import importlib.util
 import io
 import json
 import math
@@ -62,9 +64,10 @@ import pandas
 import safetensors.numpy
 import tyro
 from einops import rearrange
+from filelock import FileLock
 from flax.linen.initializers import constant, normal, orthogonal
 from flax.traverse_util import flatten_dict
-from jax import lax
+from jax import Array, lax, random, tree, vmap
 from jax.experimental import multihost_utils
 from matplotlib.figure import Figure
 from tqdm import tqdm
@@ -82,7 +85,7 @@ class Args:  # tyro shows the comment behind a flag as its help; [in brackets]: 
     run_dir: str = "runs"  # folder in which the run's own folder is made
     num_devices: int = 0  # devices to train on; 0: all there are, as always with --distributed
     distributed: bool = False  # this process is one of several, see docs/usage.md
-    resume: str = ""  # go on with the run in this folder, with its own flags
+    resume: str | None = None  # go on with the run in this folder, with its own flags
     dry_run: bool = False  # check all flags and the environment, and stop
     track: bool = False  # log to Weights & Biases too (WANDB_MODE=offline needs no account)
     wandb_project_name: str = "magpo"  # Weights & Biases project; WANDB_ENTITY is the team
@@ -122,8 +125,8 @@ class Args:  # tyro shows the comment behind a flag as its help; [in brackets]: 
 
 # -------------------- Environment -----------------------------------------------------------------
 class Observation(NamedTuple):
-    agents_view: jax.Array  # (N, O) float32, the one-hot agent id first
-    action_mask: jax.Array  # (N, A) bool, True where legal; for continuous actions everywhere
+    agents_view: Array  # (N, O) float32, the one-hot agent id first
+    action_mask: Array  # (N, A) bool, True where legal; for continuous actions everywhere
 
 
 class EnvState(NamedTuple):  # of one game
@@ -143,7 +146,7 @@ class TeamEnv:
 
     def __init__(self, env):
         self.env = env
-        _, timestep = jax.eval_shape(env.reset, jax.random.PRNGKey(0))
+        _, timestep = jax.eval_shape(env.reset, random.PRNGKey(0))
         self.num_agents, self.num_actions = timestep.observation.action_mask.shape
         self.example_action = env.action_spec.generate_value()
         self.continuous = self.example_action.ndim == 2
@@ -171,25 +174,22 @@ class TeamEnv:
         discount = jnp.where(last, jnp.max(timestep.discount), 1.0)
         won = last & timestep.extras["won"] if self.has_win_rate else 0.0
         now = {"return": jnp.mean(reward), "length": 1.0, "won": won}
-        episode = jax.tree.map(jnp.add, state.episode, now)
+        episode = tree.map(jnp.add, state.episode, now)
         return EnvState(game, self.observe(timestep), episode), reward, discount, last
 
 
 def make_env(env_id, scenario):
-    """Makes a registered Jumanji environment, or with tasks.py any of the papers' or your own."""
+    """Makes any environment by tasks.py, or without it one of Jumanji's that needs no adapter."""
     import jumanji  # here, because it starts JAX's backend, and the devices are set before that
 
     if importlib.util.find_spec("tasks"):
         import tasks
-        try:
+        with refusing(tasks.TaskError):
             return TeamEnv(tasks.make_trainable(env_id, scenario))
-        except tasks.TaskError as error:
-            refuse(error)
-    if scenario or env_id not in jumanji.registered_environments():
+    env = jumanji.make(env_id) if env_id in jumanji.registered_environments() else None
+    view = getattr(getattr(env, "observation_spec", None), "agents_view", None)
+    if scenario or view is None or hasattr(view, "minimum"):
         refuse(f"--env-id {env_id} --scenario {scenario}: needs tasks.py beside this file")
-    env = jumanji.make(env_id)
-    if not hasattr(env.observation_spec, "agents_view"):
-        refuse(f"--env-id {env_id}: its observation has no agents_view, which tasks.py may give it")
     return TeamEnv(env)
 
 
@@ -403,12 +403,12 @@ def learner_act(learner, params, obs, key, greedy=False):
 # -------------------- Losses ----------------------------------------------------------------------
 class Transition(NamedTuple):  # one step; a rollout stacks them to (T, B, ..)
     obs: Observation
-    action: jax.Array  # (N,) int32, or (N, A) float32 if continuous
-    behaviour_log_prob: jax.Array  # (N,) of the guider that acted, mu_old
-    value: jax.Array  # (N,) at collection, normalised
-    reward: jax.Array  # (N,)
-    discount: jax.Array  # () 0 where the episode terminated
-    last: jax.Array  # () bool, the episode ended: terminated or truncated
+    action: Array  # (N,) int32, or (N, A) float32 if continuous
+    behaviour_log_prob: Array  # (N,) of the guider that acted, mu_old
+    value: Array  # (N,) at collection, normalised
+    reward: Array  # (N,)
+    discount: Array  # () 0 where the episode terminated
+    last: Array  # () bool, the episode ended: terminated or truncated
     after: EnvState  # what followed, also at the end of an episode, without its game
     advantage: Any = None  # (N,), once the rollout is complete
     target: Any = None  # (N,) of the value, normalised
@@ -418,9 +418,9 @@ class TrainState(NamedTuple):  # what one iteration hands to the next, on each d
     params: dict  # of guider and learner
     opt_state: Any
     env_state: EnvState  # (B, ..)
-    key: jax.Array
-    value_scale: jax.Array  # (2,) mean and std of recent targets, in which values are told
-    iteration: jax.Array  # () int32, iterations done: what a schedule depends on
+    key: Array
+    value_scale: Array  # (2,) mean and mean square of recent targets
+    iteration: Array  # () int32, iterations done: what a schedule depends on
 
 
 def gae(rollout, next_value, gamma, gae_lambda):
@@ -454,6 +454,19 @@ def double_clip(guider_log_prob, learner_log_prob, behaviour_log_prob, delta, cl
     return jnp.clip(ratio, 1 - clip_coef, 1 + clip_coef)
 
 
+def moments(x):
+    """Mean and mean square of the numbers of all devices together, (2,)."""
+    return lax.pmean(jnp.stack([jnp.mean(x), jnp.mean(jnp.square(x))]), "device")
+
+
+
+def mean_and_std(moments):
+    """The std is at least a thousandth of the numbers' size, below which there is only rounding."""
+    mean, square = moments
+    return mean, jnp.sqrt(jnp.maximum(square - mean**2, 1e-6 * square))
+
+
+
 def ppo_loss(ratio, clipped_ratio, advantage):
     """Mean of -min(r A, clipped r A); each agent has its own ratio (Corollary 4.2)."""
     return -jnp.mean(jnp.minimum(ratio * advantage, clipped_ratio * advantage))
@@ -473,9 +486,8 @@ def minibatch_loss(params, args, guider, learner, mb):
     guider_log_prob = guider_policy.log_prob(mb.action)  # (M, N)
     learner_log_prob = learner_policy.log_prob(mb.action)  # (M, N)
     # Advantages are normalised over the minibatches of all devices together.
-    centered = mb.advantage - lax.pmean(jnp.mean(mb.advantage), "device")
-    variance = lax.pmean(jnp.mean(jnp.square(centered)), "device")
-    advantage = centered / (jnp.sqrt(variance) + 1e-8)
+    mean, std = mean_and_std(moments(mb.advantage))
+    advantage = (mb.advantage - mean) / (std + 1e-20)
 
     # STEP 2/4: the guider improves
     log_ratio = guider_log_prob - mb.behaviour_log_prob
@@ -516,49 +528,57 @@ def minibatch_loss(params, args, guider, learner, mb):
 
 
 # -------------------- Iteration -------------------------------------------------------------------
-def collect(args, env, guider, state):
-    """Plays T steps in B environments -> state, rollout (T, B, ..).
+def start_afresh(env, after, last, pool, key):
+    """Gives each environment whose episode ended a start that was not used yet -> EnvState, pool.
 
-    D11: fresh starts come from a pool of B made once per rollout, because a reset inside the step
-    would be computed for every environment in every step. The k-th episode that ends is followed by
-    entry k; if more than B end, the entries are used again from the first on.
+    D11: a reset inside the step would be computed for every environment in every step. So starts
+    come from a pool, B starts and how many are used, which is filled anew when too few are left.
     """
-    key, pool_key, act_key = jax.random.split(state.key, 3)
-    batch_size = args.num_envs // args.num_devices
-    pool = jax.vmap(env.reset)(jax.random.split(pool_key, batch_size))
+    starts, num_used = pool
+    is_short = num_used + jnp.sum(last) > len(last)
+    keys = random.split(key, len(last))
+    starts = lax.cond(is_short, lambda: vmap(env.reset)(keys), lambda: starts)
+    num_used = jnp.where(is_short, 0, num_used) + jnp.cumsum(last)  # (B,) after each environment
+    fresh = tree.map(lambda x: x[num_used - 1], starts)
+    ready = tree.map(partial(vmap(jnp.where), last), fresh, after)
+    return ready, (starts, num_used[-1])
+
+
+
+def collect(args, env, guider, state):
+    """Plays T steps in B environments -> state, rollout (T, B, ..)."""
+    key, steps_key = random.split(state.key)
 
     def step(carry, key):
-        before, num_ended = carry
+        before, pool = carry
+        key, pool_key = random.split(key)
         # STEP 1/4: the guider acts
         action, log_prob, value = guider_act(guider, state.params["guider"], before.obs, key)
-        after, *results = jax.vmap(env.step)(before, action)
+        after, *results = vmap(env.step)(before, action)
         results.append(after._replace(game=None))  # what the next values are of
         transition = Transition(before.obs, action, log_prob, value, *results)
-        # The number of each ended episode, from 0; what the others get here is never used.
-        entry = (num_ended + jnp.cumsum(transition.last) - 1) % batch_size
-        fresh = jax.tree.map(lambda x: x[entry], pool)
-        ready = jax.tree.map(partial(jax.vmap(jnp.where), transition.last), fresh, after)
-        num_ended += jnp.sum(transition.last)
-        return (ready, num_ended), transition
+        ready, pool = start_afresh(env, after, transition.last, pool, pool_key)
+        return (ready, pool), transition
 
-    keys = jax.random.split(act_key, args.num_steps)
-    (env_state, _), rollout = lax.scan(step, (state.env_state, 0), keys)
+    keys = random.split(steps_key, args.num_steps)
+    pool = (state.env_state, args.num_envs // args.num_devices)  # all of it used
+    (env_state, _), rollout = lax.scan(step, (state.env_state, pool), keys)
     return state._replace(env_state=env_state, key=key), rollout
 
 
 def make_optimizer(args, rate):
     """D12: an Adam for each network, so that neither's gradient norm scales the other's step."""
     adam = optax.chain(optax.clip_by_global_norm(args.max_grad_norm), optax.adam(rate, eps=1e-5))
-    return optax.partition({"guider": adam, "learner": adam}, lambda tree: {x: x for x in tree})
+    return optax.partition({"guider": adam, "learner": adam}, lambda params: {x: x for x in params})
 
 
 def backtrack(args, state):
     """The state with mu = pi (Theorem 4.1), if a reset is due; Adam's moments are kept."""
     params = state.params["guider"]["params"]
     reset = params | {"base": state.params["learner"]["params"]}
-    reset["correction"] = jax.tree.map(jnp.zeros_like, params["correction"])
+    reset["correction"] = tree.map(jnp.zeros_like, params["correction"])
     due = state.iteration % args.reset_every == 0
-    params = jax.tree.map(partial(jnp.where, due), reset, params)
+    params = tree.map(partial(jnp.where, due), reset, params)
     return state._replace(params=state.params | {"guider": {"params": params}})
 
 
@@ -570,18 +590,19 @@ def train_iteration(args, env, guider, learner, state):
     _, next_value = guider.apply(
         state.params["guider"], rollout.after.obs.agents_view, method="encode")
     # D19: values are told as (value - mean) / std of recent targets, for a loss of one scale.
-    mean, std = state.value_scale
+    mean, std = mean_and_std(state.value_scale)
     scaled = rollout._replace(value=mean + std * rollout.value)
     advantage = gae(scaled, mean + std * next_value, args.gamma, args.gae_lambda)
     target = scaled.value + advantage
-    seen = lax.pmean(jnp.stack([jnp.mean(target), jnp.maximum(jnp.std(target), 0.1)]), "device")
     share = jnp.maximum(0.1, 1 / (state.iteration + 1))  # the first ten iterations count alike
-    mean, std = value_scale = (1 - share) * state.value_scale + share * seen
-    rollout = rollout._replace(advantage=advantage, target=(target - mean) / std)
-    samples = jax.tree.map(lambda x: rearrange(x, "t b ... -> (t b) ..."), rollout)
-    key, shuffle_key = jax.random.split(state.key)
+    share = jnp.where(state.value_scale[1] > 0, share, 1.0)  # and what comes after zeros alone
+    value_scale = (1 - share) * state.value_scale + share * moments(target)
+    mean, std = mean_and_std(value_scale)
+    rollout = rollout._replace(advantage=advantage, target=(target - mean) / (std + 1e-20))
+    samples = tree.map(lambda x: rearrange(x, "t b ... -> (t b) ..."), rollout)
+    key, shuffle_key = random.split(state.key)
     order = jnp.tile(jnp.arange(len(samples.action)), (args.update_epochs, 1))
-    order = jax.random.permutation(shuffle_key, order, axis=1, independent=True)
+    order = random.permutation(shuffle_key, order, axis=1, independent=True)
     indices = rearrange(order, "epoch (mb m) -> (epoch mb) m", mb=args.num_minibatches)
     num_iterations = args.total_timesteps // (args.num_envs * args.num_steps)
     rate = args.learning_rate * (1 - args.anneal_lr * state.iteration / num_iterations)
@@ -589,7 +610,7 @@ def train_iteration(args, env, guider, learner, state):
 
     def update(carry, index):
         params, opt_state = carry
-        mb = jax.tree.map(lambda x: x[index], samples)
+        mb = tree.map(lambda x: x[index], samples)
         grads, losses = jax.grad(minibatch_loss, has_aux=True)(params, args, guider, learner, mb)
         grads, losses = lax.pmean((grads, losses), "device")
         losses |= {f"{name}_grad_norm": optax.tree.norm(grad) for name, grad in grads.items()}
@@ -603,24 +624,26 @@ def train_iteration(args, env, guider, learner, state):
     metrics = {f"losses/{name}": jnp.mean(x) for name, x in losses.items()}
     metrics["charts/learning_rate"] = rate
     # The advantage is the target less the value: its variance is what the values do not explain.
-    unexplained, total = lax.pmean((jnp.var(advantage), jnp.var(target)), "device")
-    metrics["losses/explained_variance"] = 1 - unexplained / (total + 1e-8)
-    ended = jax.tree.map(lambda x: jnp.sum(x * rollout.last), rollout.after.episode)
+    (_, unexplained), (_, total) = (mean_and_std(moments(x)) for x in (advantage, target))
+    metrics["losses/explained_variance"] = 1 - jnp.square(unexplained / (total + 1e-20))
+    ended = tree.map(lambda x: jnp.sum(x * rollout.last), rollout.after.episode)
     ended["episodes"] = jnp.sum(1.0 * rollout.last)
-    return state, metrics | lax.psum(ended, "device")
+    views = rollout.obs.agents_view + rollout.after.obs.agents_view
+    seen = {"observation": views, "reward": rollout.reward, "target": target}  # is it finite?
+    return state, metrics | lax.psum(ended | tree.map(jnp.mean, seen), "device")
 
 
 def init_state(args, env, guider, learner, params_key, key):
     """The first state. D13: params_key is the same on all devices, key is another on each."""
-    key, reset_key = jax.random.split(key)
-    reset_keys = jax.random.split(reset_key, args.num_envs // args.num_devices)
-    env_state = jax.vmap(env.reset)(reset_keys)
-    guider_key, learner_key = jax.random.split(params_key)
+    key, reset_key = random.split(key)
+    reset_keys = random.split(reset_key, args.num_envs // args.num_devices)
+    env_state = vmap(env.reset)(reset_keys)
+    guider_key, learner_key = random.split(params_key)
     action = env.example_action[None]
     params = {"guider": guider.init(guider_key, env_state.obs, action)}
     params["learner"] = learner.init(learner_key, env_state.obs)
     opt_state = make_optimizer(args, args.learning_rate).init(params)
-    return TrainState(params, opt_state, env_state, key, jnp.array([0.0, 1.0]), jnp.int32(0))
+    return TrainState(params, opt_state, env_state, key, jnp.zeros(2), jnp.int32(0))
 
 
 # -------------------- Evaluation ------------------------------------------------------------------
@@ -629,8 +652,8 @@ MAX_EPISODE_STEPS = 10_000  # evaluation gives up on longer episodes; raise it i
 
 def play(env, act, num_episodes, key):
     """Plays whole episodes at once, by act(obs, key) -> action, ..; NaN where one does not end."""
-    key, reset_key = jax.random.split(key)
-    env_state = jax.vmap(env.reset)(jax.random.split(reset_key, num_episodes))
+    key, reset_key = random.split(key)
+    env_state = vmap(env.reset)(random.split(reset_key, num_episodes))
 
     def goes_on(carry):
         env_state, ended, _ = carry
@@ -638,15 +661,15 @@ def play(env, act, num_episodes, key):
 
     def step(carry):
         before, ended, key = carry
-        key, act_key = jax.random.split(key)
+        key, act_key = random.split(key)
         action, *_ = act(before.obs, act_key)
-        after, _, _, last = jax.vmap(env.step)(before, action)
-        episode = jax.tree.map(partial(jnp.where, ended), before.episode, after.episode)
+        after, _, _, last = vmap(env.step)(before, action)
+        episode = tree.map(partial(jnp.where, ended), before.episode, after.episode)
         return after._replace(episode=episode), ended | last, key
 
     carry = (env_state, jnp.zeros(num_episodes, bool), key)
     env_state, ended, _ = lax.while_loop(goes_on, step, carry)
-    return jax.tree.map(lambda x: jnp.where(ended, x, jnp.nan), env_state.episode)
+    return tree.map(lambda x: jnp.where(ended, x, jnp.nan), env_state.episode)
 
 
 def evaluate(args, env, guider, learner, params, key):
@@ -674,65 +697,74 @@ def refuse(reason, status=2):
     sys.exit(status)
 
 
+@contextlib.contextmanager
+def refusing(errors, what="", status=2):
+    """Within it such errors become one line for the user."""
+    try:
+        yield
+    except errors as error:
+        refuse(f"{what}{error}".splitlines()[0], status)
+
+
+
 def write_whole(path, data):
     """Writes a file so that at any moment the old or the new one is there, whole."""
     new = path.with_suffix(".new")
-    try:
+    with refusing(OSError, f"cannot write {path}: ", status=1):
         new.write_bytes(data)
         new.replace(path)
-    except OSError as error:
-        new.unlink(missing_ok=True)
-        refuse(f"cannot write {path}: {error.strerror}", status=1)
 
 
 def save_checkpoint(path, state, progress):
     """Writes a tree of arrays, and what JSON can hold, as a zip of arrays with checksums."""
     data = io.BytesIO()
-    np.savez(data, *jax.tree.leaves(state), progress=json.dumps(progress))
+    np.savez(data, *tree.leaves(state), progress=json.dumps(progress))
     write_whole(path, data.getvalue())
 
 
 def load_checkpoint(path, like):
     """Reads a state of the structure, shapes and types of `like`, and the progress."""
-    try:
+    with refusing(Exception, f"--resume: cannot use {path}: "):  # a damaged file may raise any
         with np.load(path) as file:
             progress, *leaves = map(file.get, file.files)
         progress = json.loads(str(progress))
-        state = jax.tree.unflatten(jax.tree.structure(like), leaves)
+        state = tree.unflatten(tree.structure(like), leaves)
         chex.assert_trees_all_equal_shapes_and_dtypes(state, like)
-        multihost_utils.assert_equal(progress["iteration"], "the processes stopped apart")
+        multihost_utils.assert_equal(progress[0], "the processes stopped apart")
         return state, progress
-    except Exception as error:  # a damaged file may raise about any
-        refuse(f"--resume: cannot use {path}: {error}".splitlines()[0])
 
 
 # -------------------- Logging ---------------------------------------------------------------------
-def open_run(args):
-    """Makes the run's folder, with args.json in it, and begins tracking -> folder, W&B's run."""
-    name = f"{args.env_id}__{args.scenario}__{args.exp_name}__{args.seed}".replace(":", "_")
-    now = int(time.time())
-    while Path(args.run_dir, f"{name}__{now}").exists():  # another run began in the same second
-        now += 1
-    now = multihost_utils.broadcast_one_to_all(now)
-    folder = Path(args.resume or f"{args.run_dir}/{name}__{now}")
-    versions = {name: importlib.metadata.version(name) for name in ("jax", "jumanji")}
-    about = {"script": SCRIPT, "args": vars(args), "versions": versions}
-    tracker = None
-    if args.track and jax.process_index() == 0:
+def open_run(args, starts):
+    """Makes the run's folder, or locks it, writes args.json -> folder, lock, W&B's run."""
+    name = f"{args.env_id}__{args.scenario}__{args.exp_name}__{args.seed}__".replace(":", "_")
+    stem, now = os.path.join(args.run_dir, name), int(time.time())
+    # With status 1 it ends at once, for of several processes the others do not know.
+    with refusing(OSError, "--run-dir, --resume: in use, or cannot be: ", 2 - args.distributed):
+        os.makedirs(args.run_dir, exist_ok=True)
+        while jax.process_index() == 0 and not args.resume:
+            with contextlib.suppress(FileExistsError):  # another run began in the same second
+                os.mkdir(f"{stem}{now}")
+                break
+            now += 1
+        folder = Path(args.resume or f"{stem}{multihost_utils.broadcast_one_to_all(now)}")
+        lock = FileLock(folder / ".lock", timeout=0)
+        if jax.process_index() == 0:
+            lock.acquire()
+    if not jax.config.jax_compilation_cache_dir:  # compiled programs are kept beside the runs
+        jax.config.update("jax_compilation_cache_dir", f"{args.run_dir}/.jax_cache")
+        jax.config.update("jax_compilation_cache_max_size", 2**30)  # with a limit it can be shared
+    if jax.process_index() > 0:
+        return folder, lock, None
+    about, tracker = {"script": SCRIPT, "args": vars(args), "starts": starts}, None
+    if args.track:
         import wandb
-        try:
+        with refusing(wandb.Error, "--track: "):
             tracker = wandb.init(
                 project=args.wandb_project_name, config=about, name=folder.name,
                 id=folder.name[-64:], resume="allow")
-        except wandb.Error as error:
-            refuse(f"--track: {error}")
-    try:
-        folder.mkdir(parents=True, exist_ok=args.resume or args.distributed)
-    except OSError as error:
-        refuse(f"--run-dir {args.run_dir}: cannot make {folder}: {error.strerror}")
-    if jax.process_index() == 0:
-        write_whole(folder / "args.json", json.dumps(about, indent=2).encode())
-    return folder, tracker
+    write_whole(folder / "args.json", json.dumps(about, indent=2).encode())
+    return folder, lock, tracker
 
 
 def interval_row(args, iteration, sums, before):
@@ -756,8 +788,8 @@ def log(folder, tracker, rows, params):
     lines = "\n".join(map(json.dumps, rows)) + "\n"
     write_whole(folder / "metrics.jsonl", lines.encode())
     is_best = row["eval/learner_return"] == max(row["eval/learner_return"] for row in rows)
-    for network, tree in params.items():  # arrays have names such as params,Dense_0,kernel
-        data = safetensors.numpy.save(flatten_dict(tree, sep=","))
+    for network, arrays in params.items():  # with names such as params,Dense_0,kernel
+        data = safetensors.numpy.save(flatten_dict(arrays, sep=","))
         write_whole(folder / f"{network}.safetensors", data)
         if is_best:  # of equals the later one
             write_whole(folder / f"best_{network}.safetensors", data)
@@ -769,29 +801,39 @@ def log(folder, tracker, rows, params):
     write_whole(folder / "learning_curve.png", png.getvalue())
     if tracker:
         tracker.log(row, step=row["global_step"])
-    returns = f"learner {row['eval/learner_return']:.2f}  guider {row['eval/guider_return']:.2f}"
+    returns = f"learner {row['eval/learner_return']:.4g}  guider {row['eval/guider_return']:.4g}"
     return f"global_step={row['global_step']}  {returns}  SPS {row.get('charts/SPS', 0):.0f}"
 
 
 # -------------------- Starting --------------------------------------------------------------------
 def parse_args():
-    """Reads the flags; with --resume those of the run are the defaults, and few may differ."""
+    """Reads the flags; with --resume those of the run are the defaults, and few may differ.
+
+    Returns flags, and command and versions of each start of the run, this one last.
+    """
     args = tyro.cli(Args)
-    if not args.resume:
-        return args
-    try:
-        about = json.loads(Path(args.resume, "args.json").read_text())
-        assert about["script"] == SCRIPT, f"it is one of {about['script']}"
-        here = {"resume": args.resume, "run_dir": str(Path(args.resume).parent)}
-        of_the_run = Args(**about["args"] | here)
-    except Exception as error:
-        refuse(f"--resume {args.resume}: is no run of {SCRIPT}: {error}")
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "jumanji")}
+    starts = [{"command": sys.argv, "versions": versions}]
+    if "" in (args.run_dir, args.resume):
+        refuse("--run-dir, --resume: must be the name of a folder, not empty")
+    if args.resume is None:
+        return args, starts
+    with refusing(Exception, f"--resume {args.resume}: is no run of this {SCRIPT}: "):
+        folder = Path(args.resume).resolve()
+        about = json.loads((folder / "args.json").read_text())
+        if about["script"] != SCRIPT or "starts" not in about:
+            raise ValueError(f"{about['script']} or an earlier version made it")
+        of_the_run = Args(**about["args"])
     args = tyro.cli(Args, default=of_the_run)
-    may_change = "total_timesteps num_evals eval_episodes eval_greedy track dry_run".split()
+    may_change = "resume total_timesteps num_evals eval_episodes eval_greedy track dry_run".split()
     for name, value in vars(of_the_run).items():
         if getattr(args, name) != value and name not in may_change:
             refuse(f"--{name.replace('_', '-')}: the run has {value}; may change: {may_change}")
-    return args
+    starts = about["starts"] + starts
+    before = starts[-2]["versions"]
+    if before != versions:
+        print(f"{SCRIPT}: goes on with {versions}, was begun with {before}", file=sys.stderr)
+    return dataclasses.replace(args, resume=str(folder), run_dir=str(folder.parent)), starts
 
 
 def start_jax(args):
@@ -799,7 +841,7 @@ def start_jax(args):
     if jax.config.jax_disable_jit:
         refuse("JAX_DISABLE_JIT: pmap has to be compiled; jax.debug.print shows what is inside")
     jax.config.update("jax_enable_x64", False)
-    try:
+    with refusing(Exception, "JAX does not start (--distributed, JAX_PLATFORMS): "):
         if args.distributed:  # JAX finds SLURM, Open MPI, Kubernetes and TPU pods by itself
             jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM away
             numbers = ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
@@ -809,8 +851,6 @@ def start_jax(args):
             jax.config.update("jax_num_cpu_devices", args.num_devices)
         if args.distributed or args.num_devices == 0:
             args.num_devices = jax.device_count()
-    except Exception as error:
-        refuse(f"JAX does not start (--distributed, JAX_PLATFORMS): {error!r}")
 
 
 def check_args(args):
@@ -824,9 +864,8 @@ def check_args(args):
     for name, value in vars(args).items():
         if type(value) in (int, float) and name != "delta":
             highest = 1 if name in ("gamma", "gae_lambda") else 2**32 - 1
-            fits = 0 < value <= highest or value == 0 and name in may_be_0
-            bound = f"{'at least' if name in may_be_0 else 'above'} 0, and at most {highest}"
-            check(name, fits, bound)
+            check(name, 0 <= value <= highest, f"at least 0, and at most {highest}")
+            check(name, value > 0 or name in may_be_0, "above 0")
     check("delta", args.delta > 1, "above 1 (1.1 is a short tether, inf is none)")
     check("embed_dim", args.embed_dim % args.num_heads == 0, "divisible by --num-heads")
     steps, devices = args.num_envs * args.num_steps, args.num_devices
@@ -834,32 +873,43 @@ def check_args(args):
     check("num_devices", devices <= jax.device_count(), f"at most {jax.device_count()}")
     check("num_envs", args.num_envs % devices == 0, f"divisible by --num-devices {devices}")
     samples = steps // devices  # of a rollout on a device
-    check("num_minibatches", samples % args.num_minibatches == 0, f"a divisor of {samples} samples")
+    divides = samples % args.num_minibatches == 0 and args.num_minibatches < steps
+    check("num_minibatches", divides, f"a divisor of {samples} samples, with 2 or more in each")
+
+
+def check_finite(values, where, *first):
+    """Ends the run with the name of a number that is not finite, one of `first` if there is one."""
+    for name in (*first, *values):
+        if not math.isfinite(values[name]):
+            refuse(f"{name} is {values[name]} in {where}", status=1)
+
 
 
 # -------------------- Training --------------------------------------------------------------------
-def train(args, env, folder, tracker):
-    """Compiles, trains, evaluates, logs, saves -> number of the signal that stopped it, if any."""
+def train(args, env, starts):
+    """Compiles, trains, evaluates, logs, saves -> number of the signal that stopped it, or 0."""
     num_iterations = args.total_timesteps // (args.num_envs * args.num_steps)
     process, processes = jax.process_index(), jax.process_count()
-    checkpoint = folder / f"checkpoint_{process}.npz"
     parts = (args, env, *make_networks(args, env))
     pmap = partial(jax.pmap, axis_name="device", devices=jax.devices()[: args.num_devices])
     init = pmap(partial(init_state, *parts), in_axes=(None, 0))
     iterate = pmap(partial(train_iteration, *parts), donate_argnums=0)
     start = time.time()
-    key, params_key, eval_key = jax.random.split(jax.random.PRNGKey(args.seed), 3)
-    keys = jax.random.split(key, (processes, args.num_devices // processes))[process]
-    state, progress = init(params_key, keys), {"iteration": -1, "rows": [], "sums": {}}
+    key, params_key, eval_key = random.split(random.PRNGKey(args.seed), 3)
+    inputs = params_key, random.split(key, args.num_devices)[process::processes]
+    # A row for each evaluation, and the sums of metrics since the last one.
+    state, done, rows, sums, checkpoint = None, -1, [], {}, f"checkpoint_{process}.npz"
     if args.resume:
-        state, progress = load_checkpoint(checkpoint, state)
-    done, rows = progress["iteration"], progress["rows"]  # a row for each evaluation
+        like = jax.eval_shape(init, *inputs)
+        state, (done, rows, sums) = load_checkpoint(Path(args.resume, checkpoint), like)
     if done >= num_iterations:
-        return print(f"--total-timesteps {args.total_timesteps}: these are done, nothing to do")
-    sums = collections.Counter(progress["sums"])  # of metrics since the last evaluation
+        print(f"--total-timesteps {args.total_timesteps}: these are done, nothing to do")
+        return 0
+    folder, lock, tracker = open_run(args, starts)  # writes, once all is read and checked
+    state, sums = state or init(*inputs), collections.Counter(sums)
     if processes == 1:  # with several the first iteration compiles
         iterate = iterate.lower(state).compile()
-    first = partial(jax.tree.map, lambda x: np.asarray(x)[0])  # of what the devices have, (D, ..)
+    first = partial(tree.map, lambda x: np.asarray(x)[0])  # of what the devices have, (D, ..)
     params = first(state.params)
     play_episodes = jax.jit(partial(evaluate, *parts)).lower(params, eval_key).compile()
     compile_seconds = time.time() - start
@@ -868,19 +918,17 @@ def train(args, env, folder, tracker):
         if iteration > 0:
             start = time.time()
             state, metrics = iterate(state)
-            metrics = jax.tree.map(float, first(metrics))
+            metrics = tree.map(float, first(metrics))
             sums.update(metrics, iterations=1, seconds=time.time() - start)
-            if not math.isfinite(sum(metrics.values())):
-                refuse(f"not all is finite in iteration {iteration}: {metrics}", status=1)
+            check_finite(metrics, f"iteration {iteration}", "observation", "reward", "target")
         due = iteration * args.num_evals % num_iterations < args.num_evals  # evenly spaced
         if due:
             start = time.time()
             params = first(state.params)
-            results = play_episodes(params, jax.random.fold_in(eval_key, iteration))
+            results = play_episodes(params, random.fold_in(eval_key, iteration))
             before = collections.Counter(*rows[-1:])
-            row = interval_row(args, iteration, sums, before) | jax.tree.map(float, results)
-            if math.isnan(sum(row.values())):
-                refuse(f"a reward is NaN, or an episode has over {MAX_EPISODE_STEPS} steps", 1)
+            row = interval_row(args, iteration, sums, before) | tree.map(float, results)
+            check_finite(row, f"episodes of at most {MAX_EPISODE_STEPS} steps")
             row["time/compile_s"] = compile_seconds
             row["time/eval_s"] = before["time/eval_s"] + time.time() - start
             rows.append(row)
@@ -889,13 +937,16 @@ def train(args, env, folder, tracker):
                 line = log(folder, tracker, rows, params)
         told = int(np.max(multihost_utils.process_allgather(max(STOP))))
         if due or told:
-            progress = {"iteration": iteration, "rows": rows, "sums": sums}
-            save_checkpoint(checkpoint, state, progress)
+            save_checkpoint(folder / checkpoint, state, (iteration, rows, sums))
         if due and process == 0:  # once all is saved, for nobody may read it (`| head -1`)
             tqdm.write(line)
             sys.stdout.flush()
         if told:
-            return told
+            print(f"{SCRIPT}: interrupted, --resume {folder} goes on", file=sys.stderr)
+            break
+    lock.release()
+    print(f"metrics, networks and learning curve: {folder}")
+    return told
 
 
 STOP = [0]  # and the signals that told this process to stop
@@ -909,30 +960,17 @@ def note_signal(number, frame):
 
 def main():
     """Reads and checks the flags, trains, and returns the exit status."""
-    args = parse_args()
+    args, starts = parse_args()
     start_jax(args)
     check_args(args)
     env = make_env(args.env_id, args.scenario)
     print(f"{SCRIPT}: {env.num_agents} agents, {args.num_devices} x {jax.devices()[0].device_kind}")
     if args.dry_run:
         return 0
-    if not jax.config.jax_compilation_cache_dir:  # compiled programs are kept beside the runs
-        jax.config.update("jax_compilation_cache_dir", f"{args.run_dir}/.jax_cache")
-        jax.config.update("jax_compilation_cache_max_size", 2**30)  # with a limit it can be shared
-    folder, tracker = open_run(args)
-    try:
-        stopped_by = train(args, env, folder, tracker)
-    except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1:
-            raise
-        refuse(f"another process is lost: {error}", status=1)
-    if tracker:
-        tracker.finish()
-    print(f"metrics, networks and learning curve: {folder}")
-    if stopped_by:
-        print(f"{SCRIPT}: interrupted, --resume {folder} goes on", file=sys.stderr)
-        return 128 + stopped_by
-    return 0
+    errors = jax.errors.JaxRuntimeError if jax.process_count() > 1 else ()
+    with refusing(errors, "another process is lost: ", status=1):
+        stopped_by = train(args, env, starts)
+    return 128 + stopped_by if stopped_by else 0
 
 
 if __name__ == "__main__":

@@ -1,0 +1,277 @@
+"""Tests with games of one's own: nothing depends on their scales, and what cannot work is named."""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import ScriptedEnv, first_state, make_parts, on_one_device, scripts_with
+from jax import random, tree
+from jumanji import specs
+from jumanji.env import Environment
+from jumanji.types import restart, transition
+
+import tasks
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+ROOT_3 = math.sqrt(3)
+SCRIPT = scripts_with("train_iteration", "check_finite")[0].values[0]
+
+
+# -------------------- A start of its own for every episode ----------------------------------------
+@pytest.mark.parametrize("script", scripts_with("start_afresh"))
+def test_every_episode_has_a_start_of_its_own(script):
+    """No start comes twice, whoever ends; games that go on are left alone; and a start is drawn for
+    each episode that ends, no more but for what is left over of the last B."""
+    env, size = ScriptedEnv(script), 4
+    draw = jax.vmap(env.reset)
+    state = draw(random.split(random.PRNGKey(0), size))
+    start_afresh = jax.jit(functools.partial(script.start_afresh, env))
+    rng, seen, pool, fills, ends = np.random.default_rng(0), set(), (state, size), 0, 0
+    for key in random.split(random.PRNGKey(1), 40):
+        last = rng.random(size) < rng.choice([0, 0.3, 1])
+        before, drawn = state.game["tag"], draw(random.split(key, size)).game["tag"]
+        state, pool = start_afresh(state, jnp.asarray(last), pool, key)
+        tags = set(np.asarray(state.game["tag"])[last].tolist())
+        assert len(tags) == last.sum() and not tags & seen
+        np.testing.assert_array_equal(state.game["tag"][~last], before[~last])
+        seen, ends = seen | tags, ends + last.sum()
+        fills += set(np.asarray(drawn).tolist()) == set(np.asarray(pool[0].game["tag"]).tolist())
+    assert len(seen) == ends and ends / size <= fills <= 2 * ends / size
+
+
+# -------------------- Rewards of any size ---------------------------------------------------------
+class Paid(ScriptedEnv):
+    """ScriptedEnv with rewards that depend on the actions, times a factor, plus an offset."""
+
+    def __init__(self, script, factor, offset):
+        super().__init__(script)
+        self.factor, self.offset = factor, offset
+
+    def step(self, state, action):
+        state, reward, discount, last = super().step(state, action)
+        return state, self.offset + self.factor * reward * (1 + action), discount, last
+
+
+@pytest.fixture(scope="module")
+def train():
+    """train(factor, offset) -> the state after three iterations, the metrics of each."""
+
+    def parts(factor, offset):
+        return make_parts(SCRIPT, Paid(SCRIPT, factor, offset), guider="mat")
+
+    @jax.jit  # one program for all factors
+    def iterate(factor, offset, state):
+        return on_one_device(SCRIPT.train_iteration, *parts(factor, offset))(state)
+
+    start = first_state(SCRIPT, parts(1.0, 0.0))
+
+    def run(factor, offset):
+        state, rows = start, []
+        for _ in range(3):
+            state, metrics = iterate(factor, offset, state)
+            rows.append(tree.map(float, metrics))
+        return state, rows
+
+    return run
+
+
+@pytest.mark.parametrize("factor", [2.0**-20, 2.0**20])
+def test_rewards_of_any_size_train_alike(factor, train):
+    """In millionths and in millions the same parameters and losses follow, to the bit, for the
+    factors are powers of two."""
+    state, rows = train(factor, 0.0)
+    expected, expected_rows = train(1.0, 0.0)
+    tree.map(np.testing.assert_array_equal, state.params, expected.params)
+    for row, same in zip(rows, expected_rows):
+        names = [name for name in row if "/" in name]
+        assert [row[name] for name in names] == [same[name] for name in names]
+    assert rows[0]["reward"] == factor * expected_rows[0]["reward"]
+
+
+@pytest.mark.parametrize("reward", [0.0, 1.0])
+def test_rewards_that_are_always_the_same(reward, train):
+    """All stays finite; without any reward PPO moves no policy, and values are exact."""
+    state, rows = train(0.0, reward)
+    assert all(math.isfinite(x) for row in rows for x in row.values())
+    assert all(np.all(np.isfinite(x)) for x in tree.leaves(state.params))
+    if reward == 0:
+        assert all(row["losses/guider_policy_loss"] == 0 for row in rows)
+        assert all(row["losses/explained_variance"] == 1 for row in rows)
+
+
+# -------------------- What is not finite is named -------------------------------------------------
+class Broken(ScriptedEnv):
+    """ScriptedEnv with something in its step that is not finite."""
+
+    def __init__(self, script, faults, number):
+        super().__init__(script)
+        self.faults, self.number = faults, number
+
+    def step(self, state, action):
+        state, reward, discount, last = super().step(state, action)
+        view = jnp.where(self.faults["observation"], self.number, state.obs.agents_view)
+        state = state._replace(obs=state.obs._replace(agents_view=view))
+        return state, jnp.where(self.faults["reward"], self.number, reward), discount, last
+
+
+@pytest.fixture(scope="module")
+def metrics_of():
+    """metrics_of(fault, number) -> those of one iteration."""
+
+    @jax.jit  # one program for all
+    def iterate(faults, number):
+        parts = make_parts(SCRIPT, Broken(SCRIPT, faults, number), guider="mat")
+        start = SCRIPT.init_state(*parts, *random.split(random.PRNGKey(0)))
+        return on_one_device(SCRIPT.train_iteration, *parts)(start)[1]
+
+    def run(fault, number):
+        faults = {name: name == fault for name in ("observation", "reward")}
+        return tree.map(float, iterate(faults, number))
+
+    return run
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+@pytest.mark.parametrize("fault", ["observation", "reward"])
+def test_the_first_fault_is_named(fault, number, metrics_of, capsys):
+    """Of all that is not finite then: an observation before a reward, a reward before a target, and
+    that before the losses."""
+    metrics = metrics_of(fault, number)
+    assert not math.isfinite(metrics["losses/value_loss"])
+    with pytest.raises(SystemExit) as exit:
+        SCRIPT.check_finite(metrics, "iteration 7", "observation", "reward", "target")
+    err = capsys.readouterr().err
+    assert exit.value.code == 1 and len(err.splitlines()) == 1
+    assert f"error: {fault} is " in err and "in iteration 7" in err
+
+
+# -------------------- Environments that are understood, or refused --------------------------------
+class Observation(NamedTuple):
+    agents_view: jax.Array
+    action_mask: jax.Array
+
+
+class Game(Environment):
+    """Two agents with three actions; `change` makes something else of a step."""
+
+    view_spec = specs.Array((2, 1), jnp.float32)
+    action_spec = specs.MultiDiscreteArray(jnp.array([3, 3], jnp.int32))
+    mask = np.ones((2, 3), bool)
+
+    def __init__(self, change=lambda state, timestep: (state, timestep), **parts):
+        self.change, self.view = change, jnp.zeros((2, 1))
+        vars(self).update(parts)
+
+    def reset(self, key):
+        observation = Observation(self.view, jnp.asarray(self.mask))
+        return {"time": jnp.int32(0)}, restart(observation, extras={})
+
+    def step(self, state, action):
+        observation = Observation(self.view, jnp.asarray(self.mask))
+        timestep = transition(jnp.float32(0), observation, extras={})
+        return self.change({"time": state["time"] + 1}, timestep)
+
+    @property
+    def observation_spec(self):
+        return specs.Spec(Observation, "ObservationSpec", agents_view=self.view_spec)
+
+
+def trainable(**parts):
+    """What `make_trainable` makes of a Game."""
+    env = Game(**parts)
+    tasks.check("Game-v0", env)
+    env = tasks.Adapter(env)
+    tasks.check_step("Game-v0", env)
+    return env
+
+
+FOUR = specs.MultiDiscreteArray(jnp.array([3, 4], jnp.int32))
+UNKNOWN = {  # parts of a game that is not understood, and what is said of it
+    "two actions each": (
+        {"action_spec": specs.MultiDiscreteArray(jnp.full((2, 2), 3, jnp.int32))},
+        "one discrete action per agent"),
+    "more columns": ({"mask": np.ones((2, 4), bool)}, "(2, 3) of bool, as its action_spec has"),
+    "fewer columns": ({"mask": np.ones((2, 2), bool)}, "not (2, 2) of bool"),
+    "mask of numbers": ({"mask": np.ones((2, 3))}, "not (2, 3) of float32"),
+    "beyond its own": (
+        {"action_spec": FOUR, "mask": np.ones((2, 4), bool)}, "False beyond an agent's own"),
+    "another shape in the spec": (
+        {"view_spec": specs.BoundedArray((2, 5), jnp.float32, 0, 1)}, "(2, 5) in its spec"),
+    "state": ({"change": lambda state, x: ({"time": 1.0}, x)}, "state.time is int32[] in a reset"),
+    "reward": (
+        {"change": lambda state, x: (state, x.replace(reward=jnp.zeros(2)))},
+        "reward is float32[] in a reset, float32[2] in a step"),
+    "discount": (
+        {"change": lambda state, x: (state, x.replace(discount=jnp.zeros(2)))}, "discount"),
+    "extras": (
+        {"change": lambda state, x: (state, x.replace(extras={"won": jnp.bool_(1)}))},
+        "extras.won is nothing in a reset, bool[] in a step"),
+    "observation": (
+        {"change": lambda state, x: (state, x.replace(
+            observation=Observation(jnp.zeros((2, 2)), jnp.ones((2, 3), bool))))},
+        "observation.agents_view is float32[2, 1] in a reset, float32[2, 2] in a step"),
+}
+
+
+@pytest.mark.parametrize("parts, text", UNKNOWN.values(), ids=UNKNOWN)
+def test_refused_by_name(parts, text):
+    """An environment that training would not understand is refused with what is wrong."""
+    with pytest.raises(tasks.TaskError) as error:
+        trainable(**parts)
+    assert str(error.value).startswith("--env-id Game-v0: ") and text in str(error.value)
+
+
+def test_agents_with_different_actions():
+    """They are fine, as long as the mask is False beyond their own."""
+    trainable(action_spec=FOUR, mask=np.array([[1, 1, 1, 0], [1, 1, 1, 1]], bool))
+
+
+def bounded(lowest, highest, dtype=jnp.float32):
+    bounds = (jnp.broadcast_to(jnp.asarray(x, dtype), (2, 1)) for x in (lowest, highest))
+    return specs.BoundedArray((2, 1), dtype, *bounds)
+
+
+@pytest.mark.parametrize("spec, view, told", [
+    (bounded(0, 29), [[0.0], [29.0]], [[-ROOT_3], [ROOT_3]]),
+    (bounded(-1, 8, jnp.int32), [[-1], [8]], [[-ROOT_3], [ROOT_3]]),
+    (bounded(0, 255, jnp.uint8), np.array([[0], [255]], np.uint8), [[-ROOT_3], [ROOT_3]]),
+    (specs.Array((2, 1), jnp.uint8), np.array([[0], [255]], np.uint8), [[0.0], [1.0]]),
+    (specs.Array((2, 1), jnp.float32), [[0.0], [29.0]], [[0.0], [29.0]]),
+    (bounded([[0], [-math.inf]], [[29], [math.inf]]), [[29.0], [29.0]], [[ROOT_3], [29.0]]),
+    (bounded(-3e38, 3e38), [[0.0], [29.0]], [[0.0], [29.0]]),
+    (bounded(-2**31, 2**31 - 1, jnp.int32), [[0], [29]], [[0.0], [29.0]]),
+    (bounded(7, 7), [[7.0], [7.0]], [[0.0], [0.0]]),
+])
+def test_features_with_bounds_are_told_at_one_scale(spec, view, told):
+    """D1: mean 0 and std 1, were all numbers between as frequent; those without bounds, or with some
+    that say nothing, as they are, and images without as shares of 255."""
+    env = trainable(view_spec=spec, view=jnp.asarray(view))
+    _, timestep = env.reset(random.PRNGKey(0))
+    np.testing.assert_allclose(timestep.observation.agents_view, told, atol=1e-6)
+    _, timestep = env.step({"time": jnp.int32(0)}, jnp.zeros(2, jnp.int32))
+    np.testing.assert_allclose(timestep.observation.agents_view, told, atol=1e-6)
+
+
+def test_nothing_is_legal():
+    """Then action 0 is: it has probability 1, entropy and KL are 0, and no gradient flows."""
+    env = trainable(mask=np.array([[0, 0, 0], [0, 1, 1]], bool))
+    _, timestep = env.reset(random.PRNGKey(0))
+    mask = timestep.observation.action_mask
+    np.testing.assert_array_equal(mask, [[1, 0, 0], [0, 1, 1]])
+    policy = SCRIPT.Policy(3, False)
+    x = random.normal(random.PRNGKey(1), (2, 4))
+    params, other = (policy.init(random.PRNGKey(seed), x, mask) for seed in (2, 3))
+
+    def told(params):
+        first, second = (policy.apply(p, x, mask) for p in (params, other))
+        action = first.sample(seed=random.PRNGKey(4))
+        numbers = (first.log_prob(action), first.entropy(), first.kl_divergence(second))
+        return sum(x[0] for x in numbers), (action, numbers)
+
+    gradient, (action, numbers) = jax.grad(told, has_aux=True)(params)
+    assert action[0] == 0 and all(x[0] == 0 for x in numbers)
+    assert all(np.all(np.asarray(x) == 0) for x in tree.leaves(gradient))
