@@ -176,7 +176,6 @@ class TeamEnv:
 def make_env(env_id, scenario):
     """Makes any environment by tasks.py, or without it one of Jumanji's that needs no adapter."""
     import jumanji  # here, because it starts JAX's backend, and the devices are set before that
-
     if importlib.util.find_spec("tasks"):
         import tasks
         with refusing(tasks.TaskError):
@@ -191,7 +190,6 @@ def make_env(env_id, scenario):
 # -------------------- Networks --------------------------------------------------------------------
 class Dense(nn.Dense):
     """A dense layer on (.., F). It flattens the samples, for a much faster gradient on a CPU."""
-
     kernel_init: Callable = orthogonal(math.sqrt(2))
 
     @nn.compact
@@ -202,7 +200,6 @@ class Dense(nn.Dense):
 
 class Policy(nn.Module):
     """The last layer of the learner: features (.., F) -> a distribution for each agent."""
-
     num_actions: int
     continuous: bool
 
@@ -222,7 +219,6 @@ class Learner(nn.Module):
     The layers before and after the GRU take all steps at once; the GRU is one cell, scanned over
     time. Where an episode begins, at timestep 0, its hidden state is taken for 0.
     """
-
     hidden_dim: int
     num_actions: int
     continuous: bool
@@ -250,7 +246,6 @@ class Learner(nn.Module):
 
 class Critic(nn.Module):
     """V: one MLP-GRU-MLP, which sees the observations of all agents. The team has one value."""
-
     hidden_dim: int
 
     @nn.compact
@@ -830,7 +825,7 @@ def check_finite(values, where, *first):
 
 # -------------------- Training --------------------------------------------------------------------
 def train(args, env, starts):
-    """Compiles, trains, evaluates, logs, saves -> number of the signal that stopped it, or 0."""
+    """Compiles, trains, evaluates, logs, saves -> number of the signal that stopped it, if any."""
     num_iterations = args.total_timesteps // (args.num_envs * args.num_steps)
     process, processes = jax.process_index(), jax.process_count()
     parts = (args, env, *make_networks(args, env))
@@ -846,15 +841,14 @@ def train(args, env, starts):
         like = jax.eval_shape(init, *inputs)
         state, (done, rows, sums) = load_checkpoint(Path(args.resume, checkpoint), like)
     if done >= num_iterations:
-        print(f"--total-timesteps {args.total_timesteps}: these are done, nothing to do")
-        return 0
+        return print(f"--total-timesteps {args.total_timesteps}: these are done, nothing to do")
     folder, lock, tracker = open_run(args, starts)  # writes, once all is read and checked
     state, sums = state or init(*inputs), collections.Counter(sums)
     if processes == 1:  # with several the first iteration compiles
         iterate = iterate.lower(state).compile()
     first = partial(tree.map, lambda x: np.asarray(x)[0])  # of what the devices have, (D, ..)
-    params = first(state.params)
-    play_episodes = jax.jit(partial(evaluate, *parts)).lower(params, eval_key).compile()
+    play_episodes = jax.jit(partial(evaluate, *parts))
+    play_episodes = play_episodes.lower(first(state.params), eval_key).compile()
     compile_seconds = time.time() - start
 
     for iteration in tqdm(range(done + 1, num_iterations + 1), disable=process > 0 or None):

@@ -27,8 +27,8 @@ import numpy as np
 import pytest
 
 # Files that take minutes come first, so that no worker is left with one of them at the end.
-LONGEST_FIRST = """test_algorithm test_baselines test_resume test_cli test_benchmark test_memory
-    test_environments test_tasks test_examples test_docs test_devices test_ctds""".split()
+LONGEST_FIRST = """test_reference test_tasks test_resume test_environments test_docs test_benchmark
+    test_networks test_memory test_own_games test_shape test_algorithm test_examples""".split()
 # MAGPO_SCRIPTS=my_algo aims the tests at a copy of a script (names with commas between).
 NAMED = os.environ.get("MAGPO_SCRIPTS", "").replace(",", " ").split()
 SCRIPTS = NAMED or ["magpo_ff", "ctds_ff", "magpo_rec"]
@@ -136,15 +136,16 @@ def run_folder(run_dir):
     return folder
 
 
-def read_rows(folder, without=()):
-    """The rows of a run's metrics.jsonl, each complete JSON, without names that start so."""
+def read_rows(folder, clocks=True):
+    """The rows of a run's metrics.jsonl, each complete JSON; clocks: with what differs between two
+    runs of the same."""
     text = (folder / "metrics.jsonl").read_text()
     assert text.endswith("\n") and "NaN" not in text and "Infinity" not in text
     rows = [json.loads(line) for line in text.splitlines()]
+    without = () if clocks else ("time/", "charts/SPS")
     return [{k: x for k, x in row.items() if not k.startswith(without)} for row in rows]
 
 
-CLOCKS = ("time/", "charts/SPS")  # what differs between two runs of the same
 TINY = """--env-id CoordSum-v0 --scenario 2x3-4 --num-envs 4 --num-steps 8 --eval-episodes 4
     --embed-dim 8 --learner-hidden-dim 8 --num-minibatches 2 --update-epochs 2""".split()
 

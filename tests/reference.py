@@ -297,7 +297,7 @@ def moments(numbers):
 
 def mean_and_std(moments):
     mean, square = moments
-    return mean, math.sqrt(max(square - mean**2, 1e-6 * square) + 1e-30)
+    return mean, math.sqrt(max(square - mean**2, 1e-6 * square))
 
 
 def learn(algorithm, params, adam, minibatch, rate, delta):
@@ -307,7 +307,7 @@ def learn(algorithm, params, adam, minibatch, rate, delta):
     advantages = [step.advantage for steps, _ in minibatch for step in steps]
     mean, std = mean_and_std(moments(advantages))
     for steps, hidden in minibatch:
-        steps = [step._replace(advantage=(step.advantage - mean) / std) for step in steps]
+        steps = [step._replace(advantage=(step.advantage - mean) / (std + 1e-20)) for step in steps]
         results.append(to_host(algorithm.gradient(params, steps, hidden, delta)))
     gradient, parts = average(*results)
     params, adam = dict(params), dict(adam)
@@ -378,7 +378,8 @@ def with_advantages(steps, scale, args):
 def samples_of(algorithm, rollout, hidden, scale):
     """What one device learns from, with targets told in the scale."""
     mean, std = mean_and_std(scale)
-    rollout = [[s._replace(target=(s.target - mean) / std) for s in steps] for steps in rollout]
+    unit = std + 1e-20
+    rollout = [[s._replace(target=(s.target - mean) / unit) for s in steps] for steps in rollout]
     if algorithm.has_memory:  # begin with what was remembered before the rollout
         return list(zip(rollout, hidden))
     return [([step], hidden[b]) for steps in zip(*rollout) for b, step in enumerate(steps)]
@@ -427,7 +428,7 @@ def metrics_of(all_parts, steps):
     metrics["losses/first_ratio"] = all_parts[0]["ratio"]
     _, unexplained = mean_and_std(moments([step.advantage for step in steps]))
     _, total = mean_and_std(moments([step.target for step in steps]))
-    metrics["losses/explained_variance"] = 1 - (unexplained / total) ** 2
+    metrics["losses/explained_variance"] = 1 - (unexplained / (total + 1e-20)) ** 2
     ended = [step.episode for step in steps if step.last]
     for name in ("return", "length", "won"):
         metrics[name] = sum(episode[name] for episode in ended)

@@ -1,4 +1,4 @@
-"""Tests of the baselines: who sees what, a game, runs, and flags. Training: test_reference.py."""
+"""Tests of the baselines: who sees what, runs, and flags. Training: test_reference.py."""
 
 import dataclasses
 import functools
@@ -23,7 +23,6 @@ from conftest import (
     run_folder,
 )
 from test_cli import test_every_flag_is_read as check_that_flags_are_read
-from test_ctds import MatchingGame, success
 from test_examples import make_run
 from test_glue import train_with_stand_ins
 
@@ -131,44 +130,6 @@ def test_critic_sees_all(script):
     expected = np.eye(2, dtype=bool)[:, None, :, None] & seen[:, :, None]  # (M, T, M, T)
     expected = np.broadcast_to(expected[:, :, None, :, :, None], depends.shape)
     np.testing.assert_array_equal(depends, expected)
-
-
-# -------------------- Learning --------------------------------------------------------------------
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "script, num_iterations", [(mappo_ff, 300), (happo_rec, 60)], ids=["mappo_ff", "happo_rec"])
-def test_matching_game(script, num_iterations):
-    """Learners that collect the data themselves settle on one of the two solutions, or stay at the
-    symmetric start, where all gradients are 0.
-
-    Seen with three times ten seeds of MAPPO: 7, 7 and 8 above 0.99, the others at 0.5; with ten of
-    HAPPO, whose agents share nothing: 9 above 0.98, one at 0.57.
-    """
-    env = MatchingGame()
-    args = script.Args(
-        num_devices=1, learner_hidden_dim=16, critic_hidden_dim=16, num_envs=16, num_steps=10,
-        learning_rate=3e-3, num_minibatches=1)
-    parts = (args, env, *script.make_networks(args, env))
-    obs = jax.tree.map(lambda x: x[None], env.reset(None).obs)
-    past = ()
-    if has_memory(script):
-        past = (jnp.zeros(1), script.init_hidden(args, env, 1)["learner"])
-
-    def run(params_key, key):
-        """-> the probabilities of the first actions, (2 agents, 2 actions)."""
-        state = script.init_state(*parts, params_key, key)
-        state = jax.lax.fori_loop(
-            0, num_iterations, lambda _, state: script.train_iteration(*parts, state)[0], state)
-        action, log_prob = script.learner_act(
-            parts[2], state.params["learner"], obs, *past, key, greedy=True)[:2]
-        first = jnp.where(action == 0, jnp.exp(log_prob), 1 - jnp.exp(log_prob))  # of action 0
-        return jnp.stack([first, 1 - first], axis=-1)[0]
-
-    keys = jax.vmap(jax.random.split)(jax.random.split(jax.random.PRNGKey(0), 10))
-    run = jax.jit(jax.vmap(jax.vmap(run, axis_name="device")))
-    found = np.asarray(success(run(keys[:, :1], keys[:, 1:])[:, 0]))  # their actions differ
-    assert np.sum(found > 0.9) >= 5
-    assert np.min(found) > 0.45
 
 
 # -------------------- As programs -----------------------------------------------------------------

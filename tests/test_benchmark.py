@@ -18,22 +18,16 @@ import pandas as pd
 import pytest
 import tyro
 
+import tasks
+
 ROOT = pathlib.Path(__file__).parent.parent
 BENCHMARK = ROOT / "benchmark"
 sys.path.append(str(BENCHMARK))
-import aggregate  # noqa: E402
-import checkpoint  # noqa: E402
-import env_speed  # noqa: E402
-import evaluations  # noqa: E402
-import figures  # noqa: E402
-import gpu  # noqa: E402
-import paper  # noqa: E402
-import plot  # noqa: E402
-import run  # noqa: E402
-import speed  # noqa: E402
-import tasks_table  # noqa: E402
-
-import tasks  # noqa: E402
+aggregate, evaluations, figures, paper, plot, run, tasks_table = (
+    importlib.import_module(name)
+    for name in "aggregate evaluations figures paper plot run tasks_table".split())
+checkpoint, env_speed, gpu, speed = (
+    importlib.import_module(name) for name in "checkpoint env_speed gpu speed".split())
 
 # Writes the steps that a training script writes, without training. --sleep is in seconds.
 TOY = """

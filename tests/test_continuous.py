@@ -30,33 +30,18 @@ script = scripts_with("Policy", "TeamEnv")[0].values[0]  # for what all share to
 NUM_AGENTS, NUM_ACTIONS = 3, 2
 
 
-def policy(mean, log_std):
-    """What `Policy` makes of means (.., A), its layer's output, and log standard deviations."""
-    network = script.Policy(2, True)
-    params = {"out": {"kernel": jnp.eye(2), "bias": jnp.zeros(2)}, "log_std": jnp.asarray(log_std)}
-    return network.apply({"params": params}, jnp.asarray(mean), None)
-
-
 # -------------------- The distribution ------------------------------------------------------------
-def test_policy_is_a_gaussian():
-    """Log-probability, KL and entropy of all components together, by their formulas."""
-    m1, s1, m2, s2 = [0.3, -1.0], np.array([0.5, 1.2]), [0.1, -0.8], np.array([0.7, 0.9])
-    first, second, u = policy(m1, np.log(s1)), policy(m2, np.log(s2)), np.array([0.9, -2.0])
-    by_hand = np.sum(-0.5 * ((u - m1) / s1) ** 2 - np.log(s1) - 0.5 * np.log(2 * np.pi))
-    np.testing.assert_allclose(first.log_prob(u), by_hand)
-    shift = (np.array(m1) - m2) / s2
-    by_hand = np.sum(np.log(s2 / s1) + (s1 / s2) ** 2 / 2 + shift**2 / 2 - 0.5)
-    np.testing.assert_allclose(first.kl_divergence(second), by_hand)
-    np.testing.assert_allclose(first.entropy(), np.sum(np.log(s1) + 0.5 * np.log(2 * np.pi) + 0.5))
-    np.testing.assert_array_equal(first.mode(), m1)
-
-
+# Its log-probabilities, entropy and KL are computed by hand in test_reference.py.
 def test_log_std_has_bounds():
     """Beyond them it is cut off, so no policy becomes a point, and none spreads without end; it is
     the same whatever is seen."""
     for log_std, bound in ((-9.0, -5.0), (0.5, 0.5), (9.0, 1.0)):
-        scale = policy([[0.0, 7.0], [-3.0, 1.0]], [log_std] * 2).distribution.scale
-        np.testing.assert_allclose(np.broadcast_to(scale, (2, 2)), np.exp(bound))
+        layer = {"kernel": jnp.eye(2), "bias": jnp.zeros(2)}
+        params = {"params": {"out": layer, "log_std": jnp.full(2, log_std)}}
+        means = jnp.array([[0.0, 7.0], [-3.0, 1.0]])
+        policy = script.Policy(2, True).apply(params, means, None)
+        np.testing.assert_array_equal(policy.mode(), means)
+        np.testing.assert_allclose(policy.stddev(), np.full((2, 2), np.exp(bound)))
 
 
 # -------------------- The networks ----------------------------------------------------------------
@@ -224,15 +209,18 @@ for name in ("Steer", "Unbounded", "OneLowest", "Odd"):
 
 
 def test_actions_reach_the_bounds():
-    """u = 0 is the middle of the bounds, large ones are the bounds themselves."""
+    """u = 0 is the middle of the bounds, large ones are the bounds themselves. The environment says
+    that each agent has a reward of its own, which is not summed."""
     env = script.make_env("Steer-v0", "")
     assert (env.num_agents, env.num_actions, env.continuous) == (2, 3, True)
     state = env.reset(jax.random.PRNGKey(0))
     middle, *_ = env.step(state, jnp.zeros((2, 3)))
-    ends, *_ = env.step(state, jnp.array([[-40.0] * 3, [40.0] * 3]))
+    ends, reward, *_ = env.step(state, jnp.array([[-40.0] * 3, [40.0] * 3]))
     np.testing.assert_allclose(middle.obs.agents_view[:, 2:], [[3, 0, 0.5]] * 2)
     np.testing.assert_allclose(ends.obs.agents_view[:, 2:], [[1, -4, 0], [5, 4, 1]])
     assert state.obs.action_mask.shape == (2, 3) and np.all(state.obs.action_mask)
+    np.testing.assert_allclose(reward, [1, 5])
+    assert ends.episode["return"] == 3  # the mean
 
 
 def test_bounds_may_differ_in_shape():
@@ -240,15 +228,6 @@ def test_bounds_may_differ_in_shape():
     env = script.make_env("OneLowest-v0", "")
     after, *_ = env.step(env.reset(jax.random.PRNGKey(0)), jnp.zeros((2, 3)))
     np.testing.assert_allclose(after.obs.agents_view[:, 2:], np.ones((2, 3)))
-
-
-def test_own_rewards_are_not_summed():
-    """An environment that says so gives each agent the reward that is its own."""
-    env = script.make_env("Steer-v0", "")
-    state = env.reset(jax.random.PRNGKey(0))
-    state, reward, *_ = env.step(state, jnp.array([[-40.0] * 3, [40.0] * 3]))
-    np.testing.assert_allclose(reward, [1, 5])
-    assert state.episode["return"] == 3  # the mean
 
 
 def test_unbounded_actions_are_refused():

@@ -9,7 +9,6 @@ import jumanji
 import numpy as np
 import pytest
 from jumanji.testing.env_not_smoke import check_env_does_not_smoke, check_env_specs_does_not_smoke
-from jumanji.wrappers import VmapAutoResetWrapper
 from PIL import Image
 
 import coordsum
@@ -97,23 +96,21 @@ def test_rewards_equal_plain_python(scenario):
     np.testing.assert_array_equal(timestep.reward, expected)
 
 
-@pytest.mark.parametrize("scenario", ["", "3x10=10-released"])
-def test_jumanji_checks(scenario):
-    env = CoordSum(**parse_scenario(scenario), time_limit=5)
+def test_interface():
+    """Jumanji's own checks pass, with legacy keys as well; sizes and types of spec and state."""
+    env = CoordSum(**parse_scenario("3x10=10-released"), time_limit=5)
     check_env_does_not_smoke(env)
     check_env_specs_does_not_smoke(env)
-
-
-def test_specs_and_first_timestep():
     env = CoordSum()
-    state, timestep = env.reset(jax.random.PRNGKey(0))  # legacy keys as well
+    state, timestep = env.reset(jax.random.PRNGKey(0))
     assert timestep.first() and timestep.discount == 1 and timestep.observation.action_mask.all()
     np.testing.assert_array_equal(timestep.observation.agents_view, np.full((3, 1), state.target))
     assert env.action_spec.num_values.tolist() == [10, 10, 10]
     assert env.action_spec.dtype == jnp.int32
-    sizes = {name: jnp.shape(x) for name, x in dict(state).items() if name != "key"}
-    assert {name: size for name, size in sizes.items() if size} == {
-        "counts": (30, 10), "last_actions": (3,)}
+    assert (state.counts.shape, state.last_actions.shape) == ((30, 10), (3,))
+    assert type(jumanji.make("CoordSum-v0", num_agents=2)) is CoordSum
+    assert repr(env) == (
+        "CoordSum(num_agents=3, num_actions=10, max_target=30, time_limit=100, history='target')")
 
 
 @pytest.mark.parametrize("time_limit", [1, 100])
@@ -127,7 +124,8 @@ def test_terminates_at_the_time_limit_only(time_limit):
     np.testing.assert_array_equal(timestep.observation.agents_view[:, 0, 0], states.target)
 
 
-def test_targets_are_uniform_and_independent():
+def test_targets_are_uniform():
+    """Those drawn by reset, by the first step, and all; the next one does not depend on the last."""
     env = CoordSum()
 
     @jax.jit
@@ -143,8 +141,7 @@ def test_targets_are_uniform_and_independent():
         return np.sum((np.bincount(values.ravel(), minlength=cells) - expected) ** 2) / expected
 
     targets = np.asarray(episode(jax.random.split(jax.random.key(1), 600)))  # (600, 20)
-    assert targets.min() == 0 and targets.max() == 29
-    for part in (targets[:, 0], targets[:, 1], targets):  # drawn by reset, by the first step, all
+    for part in (targets[:, 0], targets[:, 1], targets):
         assert chi2(part, 30) < 60  # 29 degrees of freedom
     thirds = targets // 10
     assert chi2(3 * thirds[:, :-1] + thirds[:, 1:], 9) < 30  # 8 degrees of freedom
@@ -198,24 +195,6 @@ def test_constructor_errors(name, value, word):
     assert "\n" not in str(error.value)
 
 
-def test_registered_with_jumanji():
-    env = jumanji.make("CoordSum-v0", num_agents=3, num_actions=10, max_target=30)
-    assert type(env) is coordsum.CoordSum
-    assert repr(env) == repr(CoordSum()) == (
-        "CoordSum(num_agents=3, num_actions=10, max_target=30, time_limit=100, history='target')"
-    )
-
-
-def test_auto_reset_forgets_the_episode():
-    env = VmapAutoResetWrapper(CoordSum(time_limit=3))
-    state, _ = env.reset(jax.random.split(jax.random.key(0), 2))
-    step, counts = jax.jit(env.step), []
-    for _ in range(4):
-        state, _ = step(state, jnp.ones((2, 3), jnp.int32))
-        counts.append(int(state.counts[0].sum()))
-    assert counts == [1, 2, 0, 1] and state.step_count.tolist() == [1, 1]
-
-
 def test_render_and_animate(tmp_path):
     env = CoordSum(target=6)
     first, _ = env.reset(jax.random.key(0))
@@ -239,14 +218,8 @@ def test_render_and_animate(tmp_path):
     with pytest.raises(ValueError, match="at least one"):
         env.animate([])
 
-
-def test_frame_shows_the_answered_target_and_not_the_next_one():
-    env = CoordSum()
-    states, _ = play(env, [6, 6], [(2, 2, 2), (1, 2, 3)])
-    state = jax.tree.map(lambda x: x[-1], states).replace(target=jnp.int32(29))
-    figure = coordsum.Figure()
-    env._draw(figure, state)
+    figure = coordsum.Figure()  # it shows the answered target, and not the next one
+    env._draw(figure, frames[1].replace(target=jnp.int32(29)))
     texts = [text.get_text() for text in figure.axes[0].texts]
     assert "29" not in texts and texts.count("6") == 2  # the sum and the target
-    expected = {"step 2/100", "match, the observer guessed 2: wrong", "reward 2    return 4"}
-    assert expected <= set(texts)
+    assert {"step 2/100", "match, the observer guessed 1: right"} <= set(texts)

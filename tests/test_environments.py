@@ -106,14 +106,6 @@ def test_rware_time_limit_terminates():
         assert (last, discount) == (ends, 0 if ends else 1)
 
 
-def test_who_has_a_win_rate():
-    """Connector and SMAX have a win rate; other suites have none."""
-    for task in ((CONNECTOR, ""), (SMAX, "")):
-        assert script.make_env(*task).has_win_rate
-    for task in ((LBF, "8x8-2p-2f-coop"), (COORDSUM, "")):
-        assert not script.make_env(*task).has_win_rate
-
-
 # --------------------------------------------------------------------- another Jumanji environment
 class LanesState(NamedTuple):
     key: jax.Array
@@ -128,6 +120,11 @@ class LanesObservation(NamedTuple):
 
 class Lanes(Environment):
     """Two agents, three actions, views (2, 4), a reward for each agent, truncated after 3 steps."""
+
+    action_spec = specs.MultiDiscreteArray(np.full(2, 3))
+    # Without action_mask and extra: a spec may leave out what the algorithm needs.
+    observation_spec = specs.Spec(
+        LanesObservation, "ObservationSpec", agents_view=specs.Array((2, 2, 4), jnp.int32))
 
     def observe(self, state):
         view = jnp.full((2, 2, 4), state.step_count, jnp.int32).at[1].add(10)
@@ -147,16 +144,6 @@ class Lanes(Environment):
         results = (reward, self.observe(state), jnp.ones(2), self.extras(state))
         return state, jax.lax.cond(state.step_count == 3, truncation, transition, *results)
 
-    @property
-    def observation_spec(self):
-        """Without action_mask and extra: a spec may leave out what the algorithm needs."""
-        view = specs.Array((2, 2, 4), jnp.int32, "agents_view")
-        return specs.Spec(LanesObservation, "ObservationSpec", agents_view=view)
-
-    @property
-    def action_spec(self):
-        return specs.MultiDiscreteArray(jnp.array((3, 3), jnp.int32))
-
 
 class WonLanes(Lanes):
     """The same, won in the third step."""
@@ -165,12 +152,12 @@ class WonLanes(Lanes):
         return {"won": state.step_count == 3}
 
 
-class OneAction(Lanes):
-    """The same with a single action for the whole team."""
+class OneAction(Lanes):  # for the whole team
+    action_spec = specs.DiscreteArray(9)
 
-    @property
-    def action_spec(self):
-        return specs.DiscreteArray(9)
+
+class OneForce(Lanes):  # for one agent of the team alone
+    action_spec = specs.BoundedArray((1, 3), float, -1.0, 1.0)
 
 
 class OneMask(Lanes):
@@ -178,14 +165,6 @@ class OneMask(Lanes):
 
     def observe(self, state):
         return super().observe(state)._replace(action_mask=jnp.ones(3, bool))
-
-
-class OneForce(Lanes):
-    """The same with continuous actions for one agent of the team alone."""
-
-    @property
-    def action_spec(self):
-        return specs.BoundedArray((1, 3), float, -1.0, 1.0)
 
 
 class Broken(Lanes):
@@ -245,28 +224,16 @@ def test_example_is_won_together():
     assert wins == [True, False]
 
 
-@pytest.fixture
-def write_module(monkeypatch, tmp_path):
-    """write_module(name, text) puts a module into the current directory, an empty folder."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-
-    def write(name, text):
-        (tmp_path / f"{name}.py").write_text(text)
-
-    yield write
-    for path in tmp_path.glob("*.py"):
-        sys.modules.pop(path.stem, None)
-
-
 @pytest.mark.parametrize("text, error", [
     ("1 / 0", ZeroDivisionError),
     ("import no_such_module", ModuleNotFoundError),
     ("raise ValueError('mine')", ValueError),
 ])
-def test_error_inside_a_module(write_module, text, error):
+def test_error_inside_a_module(text, error, monkeypatch, tmp_path):
     """What a module of the current directory raises while it is imported is passed on."""
-    write_module("half_done", text)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "half_done.py").write_text(text)
     with pytest.raises(error) as raised:
         script.make_env("half_done:Lanes-v0", "")
     assert type(raised.value) is error

@@ -181,20 +181,3 @@ def test_learner_of_a_copy(call, tmp_path):
         status, _, err = call(example, tmp_path / "runs" / "one")
         assert status == 2 and len(err.splitlines()) == 1
         assert "deeper.py" in err and str(tmp_path) in err and str(ROOT) in err
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "env_id, scenario", [("SMAX", "3m"), ("MPE_simple_spread_v3", "simple_spread_3ag")]
-)
-def test_enjoy_jaxmarl(env_id, scenario, call, tmp_path):
-    """The games of JaxMARL are drawn, too, and a win rate is among the figures."""
-    script = SCRIPTS[0].values[0]
-    _, env, *_ = make_run(script, env_id, scenario, tmp_path, **SIZES)
-    gif = tmp_path / "team.gif"
-    status, out, _ = call(enjoy, tmp_path, "--episodes", 2, "--gif", gif, "--max-frames", 4)
-    assert status is None
-    assert ("win rate: " in out) == env.has_win_rate and "4 states" in out
-    with Image.open(gif) as picture:
-        assert picture.format == "GIF" and picture.size == (400, 400)
-        assert 1 < picture.n_frames <= 4

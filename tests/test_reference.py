@@ -85,7 +85,7 @@ def first_states(script, parts, algorithm, num_devices):
     keys = jax.random.split(jax.random.PRNGKey(0), num_devices)
     shapes = jax.eval_shape(functools.partial(script.init_state, *parts), keys[0], keys[0])
     zeros = jax.tree.map(lambda x: np.zeros(x.shape, float if x.dtype.kind == "f" else int), shapes)
-    params = random_like(0, shapes.params, scale=0.7)
+    params = random_like(3, shapes.params, scale=0.7)
     states = []
     for key in keys:
         starts = jax.random.split(key, parts[0].num_envs // num_devices)

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
-from conftest import CLOCKS, TINY, metrics_of, read_rows, run_folder, run_program, scripts_with, slow
+from conftest import TINY, metrics_of, read_rows, run_folder, run_program, scripts_with, slow
 
 SCRIPTS = scripts_with("Args", "main", "load_checkpoint")
 SCRIPT = SCRIPTS[0].values[0]  # saving is the same text in all scripts
@@ -92,13 +92,15 @@ def test_plain_lines(whole):
     assert not re.search("\r|step/s", whole.done.stderr)
 
 
-def test_two_devices_differ_in_what_they_play(whole):
+def test_two_devices_differ_in_what_they_play(whole, monkeypatch):
     """D13: parameters, Adam's moments and the scale of values are the same to the bit on both; keys
     and games are each device's own."""
     script, folder = whole.script, whole.folder
     if "1 x cpu" in whole.done.stdout:
         pytest.skip("it was on one device")
-    args = script.Args(**json.loads((folder / "args.json").read_text())["args"])
+    monkeypatch.setattr(sys, "argv", [script.SCRIPT, "--resume", str(folder)])
+    args = script.parse_args()
+    assert args.run_dir == str(folder.parent)  # also if it has been moved
     env = script.make_env(args.env_id, args.scenario)
     init = functools.partial(script.init_state, args, env, *script.make_networks(args, env))
     keys = jax.random.split(jax.random.PRNGKey(0), 2)
@@ -127,7 +129,7 @@ def test_networks_can_be_read_without_jax(whole):
 # -------------------- Stops, and going on ---------------------------------------------------------
 def assert_same_run(folder, other):
     """Both runs have the same rows and the same networks, to the last bit."""
-    assert read_rows(folder, CLOCKS) == read_rows(other, CLOCKS)
+    assert read_rows(folder, clocks=False) == read_rows(other, clocks=False)
     for name in NETWORKS:
         file = f"{name}.safetensors"
         assert (folder / file).read_bytes() == (other / file).read_bytes(), name
@@ -192,35 +194,6 @@ def test_ignored_signals_stay_ignored(environ, tmp_path):
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=200)
     assert (process.returncode, err) == (0, "") and len(read_rows(run_folder(tmp_path))) == 5
-
-
-@pytest.mark.slow
-def test_killed_run_goes_on(whole, environ, tmp_path):
-    """After SIGKILL the rows that followed the last checkpoint come again, and none is doubled."""
-    with started(whole.script, whole.flags, tmp_path, environ, "global_step=800 ") as process:
-        process.kill()
-        process.communicate(timeout=60)
-    folder = run_folder(tmp_path)
-    text = (folder / "metrics.jsonl").read_text().replace("\n", "\r\n")  # as Windows may leave it
-    torn = '{"global_step": 1, "a row after the checkpoint": 1}\n{"a torn'
-    (folder / "metrics.jsonl").write_text(text + torn)
-    run_program(whole.script.__file__, ["--resume", folder], environ)
-    assert_same_run(folder, whole.folder)
-    assert len(list(folder.glob("checkpoint_*"))) == 1
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("flags", [[], ["--total-timesteps", "1600"]])
-def test_resuming_a_finished_run(flags, whole, environ, tmp_path):
-    """Nothing is left to do, also in a moved folder; nothing is made where it is called."""
-    folder = shutil.copytree(whole.folder, tmp_path / "moved" / whole.folder.name)
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    environ = {k: x for k, x in environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
-    done = run_program(whole.script.__file__, ["--resume", folder, *flags], environ, elsewhere)
-    assert "nothing to do" in done.stdout
-    assert_same_run(pathlib.Path(folder), whole.folder)
-    assert list(elsewhere.iterdir()) == []
 
 
 # -------------------- What is saved ---------------------------------------------------------------

@@ -84,6 +84,10 @@ def definitions(script):
     }
 
 
+def is_network(node):
+    return isinstance(node, ast.ClassDef) and "Module" in "".join(map(ast.unparse, node.bases))
+
+
 def pieces(script):
     """The text of all functions, classes and constants at the top level, by name.
 
@@ -102,7 +106,7 @@ def pieces(script):
         if not isinstance(node, (*FUNCTIONS, ast.ClassDef)):
             continue
         found[node.name] = source(node)
-        if isinstance(node, ast.ClassDef) and "Module" not in "".join(map(ast.unparse, node.bases)):
+        if isinstance(node, ast.ClassDef) and not is_network(node):
             methods = [n for n in node.body if isinstance(n, FUNCTIONS)]
             for method in methods:
                 found[f"{node.name}.{method.name}"] = source(method)
@@ -159,35 +163,22 @@ def test_no_deep_nesting(script):
     times."""
 
     def depth(node):
-        below = max((depth(child) for child in ast.iter_child_nodes(node)), default=0)
+        below = max(map(depth, ast.iter_child_nodes(node)), default=0)
         return below + isinstance(node, FUNCTIONS)
 
     tree = ast.parse(text(script))
     assert depth(tree) <= 3
-    assert [
-        node.lineno
-        for node in ast.walk(tree)
-        if isinstance(node, ast.stmt) and node.col_offset > 24
-    ] == []
+    statements = [node for node in ast.walk(tree) if isinstance(node, ast.stmt)]
+    assert max(node.col_offset for node in statements) <= 24
 
 
 @for_each_script
 def test_short_functions(script):
     """No function has more than 60 lines, apart from those of network modules."""
-    top = definitions(script).values()
-    networks = {
-        n.name
-        for n in top
-        if isinstance(n, ast.ClassDef) and "Module" in "".join(map(ast.unparse, n.bases))
-    }
-    functions = []
-    for node in top:
-        if node.name not in networks | {"Args"}:
-            functions += [n for n in ast.walk(node) if isinstance(n, FUNCTIONS)]
+    top = [node for node in definitions(script).values() if not is_network(node)]
+    functions = [n for node in top for n in ast.walk(node) if isinstance(n, FUNCTIONS)]
     assert len(functions) > 20
-    assert {
-        n.name: n.end_lineno - n.lineno + 1 for n in functions if n.end_lineno - n.lineno >= 60
-    } == {}
+    assert [n.name for n in functions if n.end_lineno - n.lineno >= 60] == []
 
 
 # ------------------------------------------------------------------------------------- alone, alike
@@ -225,29 +216,23 @@ def test_twins_are_tested_once(tmp_path, monkeypatch):
         assert [x.id for x in conftest.scripts_with("f", replaced=[replaced])] == ["first"]
 
 
+def imports(node):
+    """The top-level names of all modules that a part of a script imports."""
+    found = [n for n in ast.walk(node) if isinstance(n, (ast.Import, ast.ImportFrom))]
+    names = [getattr(n, "module", None) or alias.name for n in found for alias in n.names]
+    return {name.split(".")[0] for name in names}
+
+
 @for_each_script
 def test_stands_alone(script):
     """At module level a script imports nothing of ours and nothing optional; inside functions only
     tasks is ours."""
-
-    def imported(node):
-        names = (
-            [alias.name for alias in node.names]
-            if isinstance(node, ast.Import)
-            else [node.module or ""]
-        )
-        return {name.split(".")[0] for name in names}
-
-    tree = ast.parse(text(script))
-    anywhere = {
-        n: imported(n) for n in ast.walk(tree) if isinstance(n, (ast.Import, ast.ImportFrom))
-    }
-    functions = [n for n in ast.walk(tree) if isinstance(n, FUNCTIONS)]
-    lazy = {n for function in functions for n in ast.walk(function) if n in anywhere}
-    at_import = set().union(*(names for node, names in anywhere.items() if node not in lazy))
+    body = ast.parse(text(script)).body
+    inside = [node for node in body if isinstance(node, (*FUNCTIONS, ast.ClassDef))]
+    at_import = set().union(*(imports(node) for node in body if node not in inside))
     assert "jax" in at_import
     assert at_import & (OWN_FILES | {"jaxmarl", "wandb", "jumanji"}) == set()
-    assert set().union(*anywhere.values()) & OWN_FILES == {"tasks"}
+    assert set().union(*map(imports, inside)) & OWN_FILES == {"tasks"}
 
 
 @pytest.mark.parametrize("pair", ALLOWED_DIFFERENCES, ids="-".join)
@@ -292,21 +277,15 @@ def details(script):
     return [int(number) for number in re.findall(r"\bD(\d+):", text(script))]
 
 
-@for_each_script
-def test_details_once_in_the_code(script):
-    """Each numbered detail has its number once in a script."""
-    numbers = details(script)
-    assert len(numbers) > 5
-    assert len(set(numbers)) == len(numbers)
-
-
-def test_details_in_the_table():
-    """Each numbered detail of a script or of tasks.py has one row in docs/details.md."""
+def test_details():
+    """Each numbered detail has its number once in a script, and those of the top-level scripts and
+    of tasks.py have one row each in docs/details.md."""
+    for script in SCRIPTS + BASELINES + VARIANTS:
+        assert len(details(script)) == len(set(details(script))) > 5
     table = (README.parent / "docs" / "details.md").read_text()
     rows = re.findall(r"^\| *D(\d+) *\|", table, re.M)
     assert sorted(map(int, rows)) == sorted(
-        {n for file in [*SCRIPTS, "tasks"] for n in details(file)}
-    )
+        {n for file in [*SCRIPTS, "tasks"] for n in details(file)})
 
 
 def commands(document):
@@ -339,10 +318,11 @@ def test_commands_of_the_docstring(script, call, environ, monkeypatch, tmp_path)
         check_command(name, flags, call, environ)
 
 
-def test_commands_of_the_readme(call, environ, monkeypatch, tmp_path):
-    """The training commands in the README are accepted as they stand."""
-    text = README.read_text()
-    blocks = re.findall(r"^```(?:bash|sh|shell|console)\n(.*?)^```", text, re.M | re.S)
+@pytest.mark.parametrize("page", ["README.md", "docs/reading_group.md"])
+def test_commands_of_a_page(page, call, environ, monkeypatch, tmp_path):
+    """The training commands in a page are accepted as they stand."""
+    text = (ROOT / page).read_text()
+    blocks = re.findall(r"^ *```(?:bash|sh|shell|console)\n(.*?)^ *```", text, re.M | re.S)
     monkeypatch.chdir(tmp_path)
     found = commands("\n".join(blocks))
     assert {name for name, _ in found} >= set(SCRIPTS)

@@ -33,8 +33,7 @@ import numpy as np
 import pytest
 from scipy.special import log_softmax, logsumexp
 
-# (S, A_0, .., A_{N-1}), (S, A_0, .., A_{N-1}, S), float
-Game = namedtuple("Game", "reward transition gamma")
+Game = namedtuple("Game", "reward transition gamma")  # (S, A_0, ..), (S, A_0, .., S), float
 
 
 def spread(x, j, num_agents):
@@ -198,15 +197,12 @@ def sequential_objective(pi, gain, log_old, eta):
 
 @pytest.mark.parametrize("eta", [0.1, 1.0, 10.0])
 def test_corollary_4_2_one_sweep_is_the_sequential_update(eta):
-    """Exactly equal: the first sweep from pi_k, and for j = 0, 1, .. in turn, with a_<j from the
-    policies just updated, pi^j = argmax E[A^j(s, a_<j, a_j)] - KL(pi^j, pi^j_k) / eta, that is
-    pi^j ~ pi^j_k exp(eta E[A^j]). The reason: log mu^ = sum_i log pi^i_k + eta Q + const, so agent
-    j's coordinate update averages eta Q over new earlier and old later agents, which is
-    eta E[A^j] + const(s). The maximised terms are >= 0 and add up to J of (*): one sweep is enough
-    for Theorem 4.1.
-    Not equal: the joint argmin over product policies, where agent j answers to NEW later agents
-    too. There only the last agent obeys the corollary's formula; the first is off by O(eta^2), at
-    most 0.03 eta^2 in probability here."""
+    """The first sweep from pi_k is, for j = 0, 1, .. in turn, with a_<j from the policies just
+    updated, pi^j = argmax E[A^j(s, a_<j, a_j)] - KL(pi^j, pi^j_k) / eta ~ pi^j_k exp(eta E[A^j]):
+    log mu^ = sum_i log pi^i_k + eta Q + const, so agent j's update averages eta Q over new earlier
+    and old later agents. The maximised terms are >= 0 and add up to J of (*): one sweep is enough
+    for Theorem 4.1. In the joint argmin over product policies agent j answers to NEW later agents,
+    too: only the last agent obeys the formula there; the first is off by at most 0.03 eta^2."""
     first_gap, rng = 0.0, np.random.default_rng(0)
     for seed in range(50):
         game, log_old = random_game(seed)
@@ -245,17 +241,11 @@ def sum_game(num_agents, num_actions, target):
 
 @pytest.mark.parametrize("size, student_bound", [((3, 10, 10), 0.12), ((2, 2, 1), 0.6)])
 def test_without_backtracking_the_student_cannot_follow_its_teacher(size, student_bound):
-    """The CTDS teacher keeps every solution (63 of 1000 joint actions; 2 of 4), a mixture that has
-    no product form.
-    Values after 30 iterations at eta 3 over ten starts close to uniform (itself worth 0.063; 0.5),
-    1.00 = above 0.999:
-                                  CTDS      CTDS                         guider, learner
-        projection                teacher   student                      with backtracking
-        forward KL (as coded)     1.00      0.084..0.089; 0.500..0.516   1.00, 1.00
-        reverse KL (Theorem 4.1)  1.00      1.00                         1.00, 1.00
-    So this failure takes both: no backtracking, and the forward KL, which fits the teacher's
-    marginals. The exact reverse KL lets the student settle on one solution. With backtracking
-    either direction succeeds."""
+    """The CTDS teacher keeps every solution (63 of 1000 joint actions; 2 of 4), a mixture without a
+    product form. After 30 iterations at eta 3 over ten starts close to uniform (itself worth 0.063;
+    0.5) all values are above 0.999, teachers' and guiders' too, but for a student by the forward
+    KL, as it is coded, and without backtracking: 0.084 to 0.089; 0.500 to 0.516. That KL fits the
+    teacher's marginals; the reverse one of Theorem 4.1 lets the student settle on one solution."""
     game, (num_agents, num_actions, _) = sum_game(*size), size
     for seed in range(10):
         logits = 0.1 * np.random.default_rng(seed).normal(size=(num_agents, 1, num_actions))

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import (
-    CLOCKS,
     TINY,
     make_guider,
     random_like,
@@ -145,4 +144,5 @@ def test_resumed_equals_uninterrupted(script, environ, tmp_path):
         run_program(script.__file__, flags_of_run, environ)
     folder = run_folder(tmp_path / "half")
     run_program(script.__file__, ["--resume", folder, *whole], environ)
-    assert read_rows(folder, CLOCKS) == read_rows(run_folder(tmp_path / "whole"), CLOCKS)
+    rows = [read_rows(run, clocks=False) for run in (folder, run_folder(tmp_path / "whole"))]
+    assert rows[0] == rows[1]

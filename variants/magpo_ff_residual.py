@@ -181,7 +181,6 @@ class TeamEnv:
 def make_env(env_id, scenario):
     """Makes any environment by tasks.py, or without it one of Jumanji's that needs no adapter."""
     import jumanji  # here, because it starts JAX's backend, and the devices are set before that
-
     if importlib.util.find_spec("tasks"):
         import tasks
         with refusing(tasks.TaskError):
@@ -196,7 +195,6 @@ def make_env(env_id, scenario):
 # -------------------- Networks --------------------------------------------------------------------
 class Dense(nn.Dense):
     """A dense layer on (.., F). It flattens the samples, for a much faster gradient on a CPU."""
-
     kernel_init: Callable = orthogonal(math.sqrt(2))
 
     @nn.compact
@@ -214,7 +212,6 @@ class Mixer(nn.Module):
 
     D6: Sable's matrices start as normal(1 / E), each head has a norm, a gate reads what keys read.
     """
-
     kind: str
     num_heads: int
 
@@ -242,7 +239,6 @@ class Mixer(nn.Module):
 
 class Mlp(nn.Module):
     """A GELU MLP of two layers (mat), or a SwiGLU of three (sable): tokens (.., E) -> (.., E)."""
-
     kind: str
 
     @nn.compact
@@ -256,7 +252,6 @@ class Mlp(nn.Module):
 
 class Policy(nn.Module):
     """The last layer of both networks: features (.., F) -> a distribution for each agent."""
-
     num_actions: int
     continuous: bool
 
@@ -273,7 +268,6 @@ class Policy(nn.Module):
 
 class Correction(nn.Module):
     """f: changes what the base would do; with parameters of zero, as after a reset, not at all."""
-
     num_actions: int
     continuous: bool
 
@@ -292,7 +286,6 @@ class Correction(nn.Module):
 
 class Guider(nn.Module):
     """mu: an encoder of all observations with a value head, and a decoder of agent after agent."""
-
     kind: str  # sable or mat
     embed_dim: int
     num_heads: int
@@ -348,7 +341,6 @@ class Guider(nn.Module):
 
 class Learner(nn.Module):
     """pi: one MLP for all agents, each of which sees its own observation alone, its id in it."""
-
     hidden_dim: int
     num_actions: int
     continuous: bool
@@ -887,7 +879,7 @@ def check_finite(values, where, *first):
 
 # -------------------- Training --------------------------------------------------------------------
 def train(args, env, starts):
-    """Compiles, trains, evaluates, logs, saves -> number of the signal that stopped it, or 0."""
+    """Compiles, trains, evaluates, logs, saves -> number of the signal that stopped it, if any."""
     num_iterations = args.total_timesteps // (args.num_envs * args.num_steps)
     process, processes = jax.process_index(), jax.process_count()
     parts = (args, env, *make_networks(args, env))
@@ -903,15 +895,14 @@ def train(args, env, starts):
         like = jax.eval_shape(init, *inputs)
         state, (done, rows, sums) = load_checkpoint(Path(args.resume, checkpoint), like)
     if done >= num_iterations:
-        print(f"--total-timesteps {args.total_timesteps}: these are done, nothing to do")
-        return 0
+        return print(f"--total-timesteps {args.total_timesteps}: these are done, nothing to do")
     folder, lock, tracker = open_run(args, starts)  # writes, once all is read and checked
     state, sums = state or init(*inputs), collections.Counter(sums)
     if processes == 1:  # with several the first iteration compiles
         iterate = iterate.lower(state).compile()
     first = partial(tree.map, lambda x: np.asarray(x)[0])  # of what the devices have, (D, ..)
-    params = first(state.params)
-    play_episodes = jax.jit(partial(evaluate, *parts)).lower(params, eval_key).compile()
+    play_episodes = jax.jit(partial(evaluate, *parts))
+    play_episodes = play_episodes.lower(first(state.params), eval_key).compile()
     compile_seconds = time.time() - start
 
     for iteration in tqdm(range(done + 1, num_iterations + 1), disable=process > 0 or None):
