@@ -300,7 +300,7 @@ class TrainState(NamedTuple):  # what one iteration hands to the next, on each d
     env_state: EnvState  # (B, ..)
     hidden: dict  # (B, ..)
     key: Array
-    value_scale: Array  # (2,) mean and mean square of recent targets
+    value_scale: Array  # (2,) mean and size of recent targets, in which values are told
     iteration: Array  # () int32, iterations done: what a schedule depends on
 
 
@@ -321,17 +321,10 @@ def gae(rollout, gamma, gae_lambda):
     return advantage
 
 
-def moments(x):
-    """Mean and mean square of the numbers of all devices together, (2,)."""
-    return lax.pmean(jnp.stack([jnp.mean(x), jnp.mean(jnp.square(x))]), "device")
-
-
-
-def mean_and_std(moments):
-    """The std is at least a thousandth of the numbers' size, below which there is only rounding."""
-    mean, square = moments
-    return mean, jnp.sqrt(jnp.maximum(square - mean**2, 1e-6 * square))
-
+def pooled(x):
+    """Mean and std of the numbers of all devices together."""
+    mean = lax.pmean(jnp.mean(x), "device")
+    return mean, jnp.sqrt(lax.pmean(jnp.mean(jnp.square(x - mean)), "device"))
 
 
 def ppo_loss(ratio, clipped_ratio, advantage):
@@ -351,7 +344,7 @@ def minibatch_loss(params, args, learner, critic, mb):
     value, _ = critic.apply(params["critic"], mb.obs, mb.timestep, mb.hidden["critic"])
     log_prob = policy.log_prob(mb.action)  # (M, T, N)
     # Advantages are normalised over the minibatches of all devices together.
-    mean, std = mean_and_std(moments(mb.advantage))
+    mean, std = pooled(mb.advantage)
     advantage = (mb.advantage - mean) / (std + 1e-20)
 
     # STEP 2/3: the learner improves
@@ -438,17 +431,20 @@ def train_iteration(args, env, learner, critic, state):
     """One rollout and all updates from it, on each device -> state, metrics to add up."""
     hidden = state.hidden
     state, rollout = collect(args, env, learner, critic, state)
-    # D19: values are told as (value - mean) / std of recent targets, for a loss of one scale.
-    mean, std = mean_and_std(state.value_scale)
+    # D19: values are told as (value - mean) / size of recent targets, for a loss of one scale.
+    mean, size = state.value_scale
     scaled = rollout._replace(
-        value=mean + std * rollout.value, next_value=mean + std * rollout.next_value)
+        value=mean + size * rollout.value, next_value=mean + size * rollout.next_value)
     advantage = gae(scaled, args.gamma, args.gae_lambda)
     target = scaled.value + advantage
     share = jnp.maximum(0.1, 1 / (state.iteration + 1))  # the first ten iterations count alike
-    share = jnp.where(state.value_scale[1] > 0, share, 1.0)  # and what comes after zeros alone
-    value_scale = (1 - share) * state.value_scale + share * moments(target)
-    mean, std = mean_and_std(value_scale)
-    rollout = rollout._replace(advantage=advantage, target=(target - mean) / (std + 1e-20))
+    share = jnp.where(size > 0, share, 1.0)  # and what comes after zeros alone
+    mean += share * (pooled(target)[0] - mean)
+    # The std of a Gaussian with this fourth moment: the std itself lets rare rewards tower above.
+    fourth = lax.pmean(jnp.mean((target - mean) ** 4), "device") / 3
+    size = jnp.sqrt(jnp.sqrt((1 - share) * size**4 + share * fourth))
+    value_scale = jnp.stack([mean, size])
+    rollout = rollout._replace(advantage=advantage, target=(target - mean) / (size + 1e-20))
     samples = tree.map(lambda x: rearrange(x, "t b ... -> b t ..."), rollout)
     # Sequences stay whole, (B, T, ..), each with the hidden states before its first step.
     samples = samples._replace(hidden=hidden)
@@ -477,7 +473,7 @@ def train_iteration(args, env, learner, critic, state):
     metrics = {f"losses/{name}": jnp.mean(x) for name, x in losses.items()}
     metrics["charts/learning_rate"] = rate
     # The advantage is the target less the value: its variance is what the values do not explain.
-    (_, unexplained), (_, total) = (mean_and_std(moments(x)) for x in (advantage, target))
+    (_, unexplained), (_, total) = pooled(advantage), pooled(target)
     metrics["losses/explained_variance"] = 1 - jnp.square(unexplained / (total + 1e-20))
     ended = tree.map(lambda x: jnp.sum(x * rollout.last), rollout.after.episode)
     ended["episodes"] = jnp.sum(1.0 * rollout.last)

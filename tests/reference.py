@@ -24,7 +24,7 @@ from jax import random, tree
 # What one iteration hands to the next. params and adam (count, mean mu and mean square nu of
 # gradients) are of each network, in HAPPO with an axis for the agents; games are EnvState, hidden
 # is what each network remembers, None without memory, both [d][b]; keys [d]; value_scale is the
-# mean and mean square of targets up to now; log_delta the log of the tether's length.
+# mean and size of targets up to now; log_delta the log of the tether's length.
 State = namedtuple("State", "params adam games hidden keys value_scale iteration log_delta")
 
 # One step of one game; what each agent has is (N,). team_obs is obs, also where all else is one
@@ -291,21 +291,12 @@ class Happo(Mappo):
 
 
 # -------------------- Learning --------------------------------------------------------------------
-def moments(numbers):
-    return np.array([np.mean(numbers), np.mean(np.square(numbers))])
-
-
-def mean_and_std(moments):
-    mean, square = moments
-    return mean, math.sqrt(max(square - mean**2, 1e-6 * square))
-
-
 def learn(algorithm, params, adam, minibatch, rate, delta):
     """Each network moves against its mean gradient, of a minibatch of all devices, with advantages
     of mean 0 and deviation 1 -> params, adam, parts of the loss."""
     results = []
     advantages = [step.advantage for steps, _ in minibatch for step in steps]
-    mean, std = mean_and_std(moments(advantages))
+    mean, std = np.mean(advantages), np.std(advantages)
     for steps, hidden in minibatch:
         steps = [step._replace(advantage=(step.advantage - mean) / (std + 1e-20)) for step in steps]
         results.append(to_host(algorithm.gradient(params, steps, hidden, delta)))
@@ -365,20 +356,30 @@ def play_step(algorithm, params, game, hidden, noise):
 
 def with_advantages(steps, scale, args):
     """The steps of one game with advantages and targets: GAE, backwards (D8)."""
-    mean, std = mean_and_std(scale)
+    mean, size = scale
     done, advantage = [], 0.0
     for step in reversed(steps):
-        value, next_value = mean + std * step.value, mean + std * step.next_value
+        value, next_value = mean + size * step.value, mean + size * step.next_value
         error = step.reward + args.gamma * step.discount * next_value - value
         advantage = error + (0.0 if step.last else args.gamma * args.gae_lambda * advantage)
         done.insert(0, step._replace(advantage=advantage, target=value + advantage))
     return done
 
 
+def follow(scale, targets, iteration):
+    """D19: the mean follows the targets by a tenth, and at first faster; the size is the std that a
+    Gaussian with the targets' fourth moment has."""
+    mean, size = scale
+    share = max(0.1, 1 / (iteration + 1)) if size > 0 else 1.0
+    mean = (1 - share) * mean + share * np.mean(targets)
+    fourth = np.mean((np.array(targets) - mean) ** 4) / 3
+    return np.array([mean, ((1 - share) * size**4 + share * fourth) ** 0.25])
+
+
 def samples_of(algorithm, rollout, hidden, scale):
     """What one device learns from, with targets told in the scale."""
-    mean, std = mean_and_std(scale)
-    unit = std + 1e-20
+    mean, size = scale
+    unit = size + 1e-20
     rollout = [[s._replace(target=(s.target - mean) / unit) for s in steps] for steps in rollout]
     if algorithm.has_memory:  # begin with what was remembered before the rollout
         return list(zip(rollout, hidden))
@@ -399,8 +400,7 @@ def iterate(algorithm, state):
     rollouts, games, hidden, keys = map(list, zip(*played))
     rollouts = [[with_advantages(steps, state.value_scale, args) for steps in x] for x in rollouts]
     seen = [step for rollout in rollouts for steps in rollout for step in steps]
-    share = max(0.1, 1 / (state.iteration + 1)) if state.value_scale[1] > 0 else 1.0  # D19
-    scale = (1 - share) * state.value_scale + share * moments([step.target for step in seen])
+    scale = follow(state.value_scale, [step.target for step in seen], state.iteration)
     samples = [samples_of(algorithm, *device, scale) for device in zip(rollouts, state.hidden)]
 
     keys = [random.split(key, algorithm.num_keys) for key in keys]
@@ -426,8 +426,8 @@ def metrics_of(all_parts, steps):
     """Means over minibatches, how well values explain targets, and sums over ended episodes."""
     metrics = {f"losses/{name}": x for name, x in average(*all_parts).items() if name != "ratio"}
     metrics["losses/first_ratio"] = all_parts[0]["ratio"]
-    _, unexplained = mean_and_std(moments([step.advantage for step in steps]))
-    _, total = mean_and_std(moments([step.target for step in steps]))
+    unexplained = np.std([step.advantage for step in steps])
+    total = np.std([step.target for step in steps])
     metrics["losses/explained_variance"] = 1 - (unexplained / (total + 1e-20)) ** 2
     ended = [step.episode for step in steps if step.last]
     for name in ("return", "length", "won"):

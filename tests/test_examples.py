@@ -36,7 +36,7 @@ def make_run(script, env_id, scenario, folder, **flags):
     for name, tree in params.items():
         save_file(flatten_dict(jax.device_get(tree), sep=","), folder / f"best_{name}.safetensors")
         save_file(flatten_dict(jax.device_get(tree), sep=","), folder / f"{name}.safetensors")
-    about = {"script": script.SCRIPT, "args": vars(args)}
+    about = {"script": script.SCRIPT, "args": vars(args), "starts": []}
     (folder / "args.json").write_text(json.dumps(about))
     return *parts, params
 

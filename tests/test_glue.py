@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 # -------------------- Training with stand-ins for its parts ---------------------------------------
-STAND_INS = ["init_state", "train_iteration", "make_networks", "evaluate"]
+STAND_INS = ["init_state", "train_iteration", "make_networks", "evaluate", "open_run"]
 TRAIN = scripts_with("train", "double_clip", replaced=STAND_INS)
 TRAIN = TRAIN or scripts_with("train", replaced=STAND_INS)
 STAND_IN_STEPS = 32  # of an iteration: 4 environments, 8 steps
@@ -77,6 +77,7 @@ def train_with_stand_ins(
         loss = jnp.where(i <= finite_until, number * number, jnp.nan)
         metrics = {"losses/value_loss": loss, "charts/learning_rate": 0.5 / number}
         metrics |= {"return": 10 * number, "length": 20 * number, "won": 0.0, "episodes": number}
+        metrics |= dict.fromkeys(("observation", "reward", "target"), 0.0)
         params = {"keys": state.params["keys"] | {"i": i[None]}}
         metrics = jax.tree.map(jnp.float32, metrics)
         return state._replace(params=params), metrics
@@ -95,7 +96,7 @@ def train_with_stand_ins(
     save_checkpoint, log = script.save_checkpoint, script.log
 
     def save_and_note(path, state, progress):
-        loop.saved.append(progress["iteration"])
+        loop.saved.append(progress[0])
         save_checkpoint(path, state, progress)
 
     def log_and_note(folder, tracker, rows, params):
@@ -103,18 +104,20 @@ def train_with_stand_ins(
         return log(folder, tracker, rows, params)
 
     tracker = types.SimpleNamespace(log=lambda row, step: loop.tracked.append((step, row)))
+    opened = pathlib.Path(folder), types.SimpleNamespace(release=lambda: None), tracker
     sizes = {"num_envs": 4, "num_steps": 8, "num_devices": 1}
     args = script.Args(**sizes | LOOP_FLAGS | flags)
     stand_ins = {
         "make_networks": lambda args, env: (None, None), "init_state": init_state, "STOP": [0],
         "train_iteration": train_iteration, "evaluate": evaluate, "time": clock,
         "log": log_and_note, "save_checkpoint": save_and_note,
+        "open_run": lambda args, starts: opened,
     }
     with pytest.MonkeyPatch.context() as patch:
         for name, stand_in in stand_ins.items():
             patch.setattr(script, name, stand_in)
         try:
-            script.train(args, None, pathlib.Path(folder), tracker)
+            script.train(args, None, [])
         except SystemExit as end:
             loop.status = end.code
     return loop
@@ -216,7 +219,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(script, tmp_path, capsys):
     loop = train_with_stand_ins(script, tmp_path, finite_until=3, stop_after=4)
     err = capsys.readouterr().err
     assert loop.status == 1 and len(err.splitlines()) == 1
-    assert "finite in iteration 4" in err and "'losses/value_loss': nan" in err
+    assert "losses/value_loss is nan in iteration 4" in err
     assert [row["global_step"] for row in loop.rows] == [0, 3 * STAND_IN_STEPS]
     assert loop.saved == [0, 3]
 
@@ -310,7 +313,7 @@ def test_full_disk(script, first, tmp_path, monkeypatch, capsys):
     loop = train_with_stand_ins(script, tmp_path, **flags)
     err = capsys.readouterr().err
     assert loop.status == 1 and len(err.splitlines()) == 1
-    assert f"cannot write {tmp_path / first}: No space left on device" in err
+    assert f"cannot write {tmp_path / first}: [Errno 28] No space left on device" in err
     assert {path.name for path in tmp_path.iterdir()} == set(FILES)
     monkeypatch.undo()
     resumed = train_with_stand_ins(script, tmp_path, **flags, resume=str(tmp_path))

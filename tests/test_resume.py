@@ -54,7 +54,8 @@ def test_files(whole):
     assert about["script"] == f"{name}.py"
     assert about["args"].items() >= {"num_envs": 4, "scenario": "2x3-4", "seed": 7}.items()
     whole.script.Args(**about["args"])
-    assert about["versions"]["jax"] == jax.__version__
+    (start,) = about["starts"]
+    assert start["versions"]["jax"] == jax.__version__ and "2x3-4" in start["command"]
     assert is_png(whole.folder / "learning_curve.png")
 
 
@@ -99,7 +100,7 @@ def test_two_devices_differ_in_what_they_play(whole, monkeypatch):
     if "1 x cpu" in whole.done.stdout:
         pytest.skip("it was on one device")
     monkeypatch.setattr(sys, "argv", [script.SCRIPT, "--resume", str(folder)])
-    args = script.parse_args()
+    args, _ = script.parse_args()
     assert args.run_dir == str(folder.parent)  # also if it has been moved
     env = script.make_env(args.env_id, args.scenario)
     init = functools.partial(script.init_state, args, env, *script.make_networks(args, env))
@@ -200,9 +201,9 @@ def test_ignored_signals_stay_ignored(environ, tmp_path):
 def test_checkpoint_comes_back_as_it_was(tmp_path):
     """Structure, shapes, types and values, of arrays and of the progress."""
     tree = {"a": np.arange(6, dtype=np.int8).reshape(2, 3).T, "b": (np.float32(1.5), np.zeros(0))}
-    progress = {"iteration": 10, "rows": [{"x": 0.1, "y": 1e300}], "sums": {"losses/a": 1 / 3}}
+    progress = [10, [{"x": 0.1, "y": 1e300}], {"losses/a": 1 / 3}]
     path = tmp_path / "checkpoint_0.npz"
-    SCRIPT.save_checkpoint(path, jax.tree.map(np.zeros_like, tree), {"iteration": 9})
+    SCRIPT.save_checkpoint(path, jax.tree.map(np.zeros_like, tree), [9])
     SCRIPT.save_checkpoint(path, tree, progress)
     loaded, same_progress = SCRIPT.load_checkpoint(path, tree)
     jax.tree.map(np.testing.assert_array_equal, tree, loaded)
@@ -216,7 +217,7 @@ def test_every_damage_is_noticed(tmp_path, capsys):
     arrays of other shapes or types."""
     tree = {"a": np.arange(8.0), "b": np.ones((2, 2), bool)}
     path = tmp_path / "checkpoint_0.npz"
-    SCRIPT.save_checkpoint(path, tree, {"iteration": 1})
+    SCRIPT.save_checkpoint(path, tree, [1])
     data = path.read_bytes()
     rng, refused = np.random.default_rng(0), 0
     for place in rng.integers(len(data), size=200):
@@ -251,7 +252,7 @@ def snapshot(folder):
 
 @pytest.mark.parametrize("old, new, text", [
     ("{", "", "is no run of "),  # no JSON
-    ('"script": "', '"script": "my_', "it is one of my_"),
+    ('"script": "', '"script": "my_', ".py or an earlier version made it"),
     ('"seed"', '"no_such_flag": 1, "seed"', "no_such_flag"),
 ])
 def test_unusable_folders(old, new, text, whole, call, tmp_path):
