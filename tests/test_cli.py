@@ -126,12 +126,12 @@ def test_two_runs_in_one_second(script, monkeypatch, tmp_path):
     """The second run takes the next free name; a folder that cannot be made is refused by flag."""
     monkeypatch.setattr(script, "time", types.SimpleNamespace(time=lambda: 1000.5))
     args = script.Args(run_dir=str(tmp_path / "runs"), num_devices=1, env_id="module:Mine-v0")
-    names = [script.open_run(args)[0].name for _ in range(3)]
+    names = [script.open_run(args, [])[0].name for _ in range(3)]
     stem = f"module_Mine-v0____{script.__name__}__1__"
     assert names == [f"{stem}1000", f"{stem}1001", f"{stem}1002"]
     (tmp_path / "file").write_text("")
     with pytest.raises(SystemExit) as exit:
-        script.open_run(dataclasses.replace(args, run_dir=str(tmp_path / "file")))
+        script.open_run(dataclasses.replace(args, run_dir=str(tmp_path / "file")), [])
     assert exit.value.code == 2
 
 
@@ -143,8 +143,8 @@ def test_every_metric_is_documented():
 
 
 # ------------------------------------------------------------------------------- runs, as processes
-ALONE = "--env-id LevelBasedForaging-v0 --num-envs 2 --eval-episodes 2 --run-dir out"
-BUDGET = "--num-steps 128 --total-timesteps 300 --num-evals 1 --num-minibatches 1"
+ALONE = "--env-id RobotWarehouse-v0 --num-envs 2 --eval-episodes 2 --run-dir out"
+BUDGET = "--num-steps 512 --total-timesteps 1100 --num-evals 1 --num-minibatches 1"
 
 
 @pytest.mark.parametrize("flags", ["--dry-run", pytest.param(BUDGET, marks=pytest.mark.slow)])
@@ -154,13 +154,13 @@ def test_alone(flags, environ, tmp_path):
     copy = shutil.copy(SCRIPT.__file__, tmp_path / "mine.py")
     environ = {name: value for name, value in environ.items() if name != "PYTHONPATH"}
     done = run_program(copy, [*ALONE.split(), *flags.split()], environ, tmp_path)
-    assert done.stderr == "" and done.stdout.startswith("mine.py: 2 agents, 1 x cpu\n")
+    assert done.stderr == "" and done.stdout.startswith("mine.py: 4 agents, 1 x cpu\n")
     if flags == BUDGET:
         folder = run_folder(tmp_path / "out")
-        assert folder.name.startswith("LevelBasedForaging-v0____mine__1__")
+        assert folder.name.startswith("RobotWarehouse-v0____mine__1__")
         _, row = read_rows(folder)
-        assert row["global_step"] == 256 and row.keys() == metrics_of(SCRIPT)
-        assert row["charts/num_episodes"] >= 2 and 0 < row["charts/episodic_length"] <= 100
+        assert row["global_step"] == 1024 and row.keys() == metrics_of(SCRIPT)
+        assert row["charts/num_episodes"] >= 2 and 0 < row["charts/episodic_length"] <= 500
 
 
 @pytest.mark.parametrize("variables, flags, text", [
@@ -177,19 +177,20 @@ def test_surroundings_that_do_not_work(variables, flags, text, environ, tmp_path
     assert text in done.stderr and list(tmp_path.glob("runs/CoordSum*")) == []
 
 
-def test_surroundings_that_do_not_work_here(call, monkeypatch, tmp_path):
+def test_surroundings_that_do_not_work_here(call, monkeypatch, capsys, tmp_path):
     """The same in this process, with stand-ins for what JAX and Weights & Biases say."""
     with jax.disable_jit():
         status, out, err = call(SCRIPT)
     assert (status, out, len(err.splitlines())) == (2, "", 1) and "JAX_DISABLE_JIT" in err
+    assert list(tmp_path.iterdir()) == []
 
     def refuse(**settings):
         raise wandb.Error("no API key")
 
     monkeypatch.setattr(wandb, "init", refuse)
-    status, _, err = call(SCRIPT, "--track")
-    assert (status, err) == (2, f"{SCRIPT.SCRIPT}: error: --track: no API key\n")
-    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(SystemExit, match="2"):
+        SCRIPT.open_run(SCRIPT.Args(track=True, run_dir=str(tmp_path)), [])
+    assert capsys.readouterr().err == f"{SCRIPT.SCRIPT}: error: --track: no API key\n"
 
 
 @pytest.mark.parametrize("devices, num_envs, text", [

@@ -358,7 +358,7 @@ def test_sweep(monkeypatch, capsys, tmp_path):
         command, flags = utils.make_launch_sweep_entrypoint(macros, list(sweep["command"]))
         assert command[1:] == ["python", "${program}"] and sweep["program"] == "magpo_ff.py"
         monkeypatch.setattr(sys, "argv", ["magpo_ff.py", *flags, "--dry-run"])
-        args = magpo_ff.parse_args()
+        args, _ = magpo_ff.parse_args()
         seen.append((args.env_id, args.track, args.anneal_lr, args.delta))
         assert magpo_ff.main() == 0, capsys.readouterr().err
     choices = ["LevelBasedForaging-v0"], [True], [True, False], [1.1, 1.5]
