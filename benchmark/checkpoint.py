@@ -50,7 +50,7 @@ def measure(name: str, env_id: str, scenario: str, num_envs: int, rounds: int) -
     with tempfile.TemporaryDirectory() as folder:
         folder = pathlib.Path(folder)
         checkpoint = folder / "checkpoint_0.npz"
-        progress = {"iteration": 1, "rows": rows, "sums": {}}
+        progress = (1, rows, {})  # iteration, rows, sums
         for _ in range(rounds):
             start = time.perf_counter()
             script.save_checkpoint(checkpoint, state, progress)

@@ -5,7 +5,8 @@
 Each seed gets a folder as if it had run alone, with args.json, metrics.jsonl, the curve and the
 networks, and the same numbers up to rounding; its seconds are those of all. There are no
 checkpoints. One program is compiled for all seeds; on a GPU that is hardly busy with one seed, more
-of them cost little.
+of them cost little. Fresh starts are computed in every step here (D11 is of no help under vmap), so
+on games where they cost much, as on Connector, processes of their own are faster.
 """
 
 import collections
