@@ -247,7 +247,7 @@ def bounded(lowest, highest, dtype=jnp.float32):
     (bounded(7, 7), [[7.0], [7.0]], [[0.0], [0.0]]),
 ])
 def test_features_with_bounds_are_told_at_one_scale(spec, view, told):
-    """D1: mean 0 and std 1, were all numbers between as frequent; those without bounds, or with ones
+    """D1: mean 0 and std 1, were all numbers between as frequent; without bounds, or with ones
     that say nothing, as they are, and images without as shares of 255."""
     env = trainable(view_spec=spec, view=jnp.asarray(view))
     _, timestep = env.reset(random.PRNGKey(0))
