@@ -132,12 +132,12 @@ def checked_keys():
 
 
 @pytest.mark.parametrize("script", scripts_with(
-    "init_state", "train_iteration", replaced=("guider_act", "minibatch_loss")))
-def test_training_uses_no_key_twice(script, checked_keys, monkeypatch):
-    """The start and two iterations split each key before they use it again, in all their steps. The
-    guider alone is meant to use the same numbers when it decides again."""
+    "init_state", "train_iteration", "play", replaced=("guider_act", "minibatch_loss")))
+def test_no_key_is_used_twice(script, checked_keys, monkeypatch):
+    """The start, two iterations and an evaluation split each key before they use it again, in all
+    their steps. The guider alone is meant to use the same numbers when it decides again."""
 
-    def guider_act(guider, params, obs, *others):
+    def act(obs, *others):
         key = others[-1]
         action = jax.random.randint(key, obs.agents_view.shape[:2], 0, 3)
         results = action, jnp.zeros(action.shape), jnp.zeros(action.shape)
@@ -146,7 +146,7 @@ def test_training_uses_no_key_twice(script, checked_keys, monkeypatch):
     def minibatch_loss(params, *others):
         return sum(jnp.sum(x) for x in jax.tree.leaves(params)), {"ratio": 1.0}
 
-    monkeypatch.setattr(script, "guider_act", guider_act)
+    monkeypatch.setattr(script, "guider_act", lambda guider, params, *others: act(*others))
     monkeypatch.setattr(script, "minibatch_loss", minibatch_loss)
     parts = make_parts(script, ScriptedEnv(script), num_steps=4)
     state = jax.eval_shape(lambda: first_state(script, parts))
@@ -155,18 +155,8 @@ def test_training_uses_no_key_twice(script, checked_keys, monkeypatch):
         return script.train_iteration(*parts, script.train_iteration(*parts, state)[0])
 
     jax.eval_shape(jax.jit(on_one_device(two_iterations)), state)
-
-
-@pytest.mark.parametrize("script", scripts_with("play"))
-def test_play_uses_no_key_twice(script, checked_keys):
-    """Episodes start from different states, and each step acts with a key of its own."""
-
-    def act(obs, *others):
-        action = jax.random.randint(others[-1], obs.agents_view.shape[:2], 0, 3)
-        return (action, others[1]) if has_memory(script) else (action,)
-
     hidden = [jnp.zeros(())] if has_memory(script) else []
-    play = functools.partial(script.play, ScriptedEnv(script), act, *hidden, 4)
+    play = functools.partial(script.play, parts[1], act, *hidden, 4)
     jax.eval_shape(jax.jit(play), jax.random.PRNGKey(0))
 
 

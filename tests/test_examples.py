@@ -26,16 +26,18 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 def make_run(script, env_id, scenario, folder, **flags):
-    """What the examples read of a run, with networks as they start -> args, env, networks ..,
-    their parameters."""
+    """What the examples read of a run, whose last networks are as they start and whose best are
+    others -> args, env, networks .., parameters of the last."""
     args = script.Args(env_id=env_id, scenario=scenario, num_envs=1, num_devices=1, **flags)
     env = script.make_env(env_id, scenario)
     parts = (args, env, *script.make_networks(args, env))
     init = functools.partial(script.init_state, *parts)
     params = jax.jit(lambda *keys: init(*keys).params)(*jax.random.split(jax.random.PRNGKey(0)))
     for name, tree in params.items():
-        save_file(flatten_dict(jax.device_get(tree), sep=","), folder / f"best_{name}.safetensors")
-        save_file(flatten_dict(jax.device_get(tree), sep=","), folder / f"{name}.safetensors")
+        arrays = flatten_dict(jax.device_get(tree), sep=",")
+        save_file(arrays, folder / f"{name}.safetensors")
+        others = {name: x + 1 for name, x in arrays.items()}
+        save_file(others, folder / f"best_{name}.safetensors")
     about = {"script": script.SCRIPT, "args": vars(args), "starts": []}
     (folder / "args.json").write_text(json.dumps(about))
     return *parts, params

@@ -56,8 +56,8 @@ ALLOWED_DIFFERENCES = {
 }
 # Lines of a file, with blank lines, comments and docstrings.
 LIMITS = {
-    "magpo_ff": 900, "ctds_ff": 900, "magpo_rec": 1050, "mappo_ff": 750, "mappo_rec": 800,
-    "happo_rec": 900, "magpo_ff_adaptive": 960, "magpo_ff_residual": 960, "magpo_ff_state": 960,
+    "magpo_ff": 925, "ctds_ff": 900, "magpo_rec": 1080, "mappo_ff": 770, "mappo_rec": 830,
+    "happo_rec": 915, "magpo_ff_adaptive": 960, "magpo_ff_residual": 970, "magpo_ff_state": 960,
 }
 CHANGED_LINES = {
     ("ctds_ff", "magpo_ff"): 100, ("magpo_ff", "magpo_rec"): 400,
@@ -127,11 +127,11 @@ def test_length_of_file(script):
 
 @for_each_script
 def test_density(script):
-    """It is short because it is simple: a line with text has 9.0 tokens on average, or fewer."""
+    """It is short because it is simple: a line with text has 9.2 tokens on average, or fewer."""
     kinds = (tokenize.NAME, tokenize.NUMBER, tokenize.OP, tokenize.STRING)
     tokens = tokenize.generate_tokens(io.StringIO(text(script)).readline)
     lines = [line for line in text(script).splitlines() if line.strip()]
-    assert round(sum(token.type in kinds for token in tokens) / len(lines), 1) <= 9.0
+    assert round(sum(token.type in kinds for token in tokens) / len(lines), 1) <= 9.2
 
 
 @pytest.mark.parametrize("pair", CHANGED_LINES, ids="-".join)

@@ -8,7 +8,7 @@ only tethers it. Here the guider is the learner of the last reset, its base, plu
 
     log mu(a_j | o, a_1, .., a_{j-1}) = log pi_base(a_j | o_j) + f(o, a_1, .., a_{j-1}) + const
 
-No gradient moves the base. Every --reset-every iterations the learner becomes it, and the last layer
+No gradient moves the base. Every --reset-every iterations the learner becomes it and the last layer
 of f is zeroed: then mu is pi. The logged gap is what the reset takes away. A --delta tethers, too.
 
 Two policies are trained together, for a team of N agents of which each sees a part of the state:
