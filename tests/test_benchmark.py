@@ -11,8 +11,6 @@ import subprocess
 import sys
 import time
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 import pytest
@@ -95,30 +93,6 @@ def evaluation(exp_name, seed, step, learner, env_id="CoordSum-v0", scenario="3x
 
 
 # -------------------- Statistics ------------------------------------------------------------------
-def test_aggregates_are_those_of_rliable():
-    """The numbers are what rliable 1.2.0 prints for these scores, with 10,000 resamples for the
-    mean and the IQM, and 2,000 for the probability of improvement."""
-    rng = np.random.default_rng(0)
-    x, y = list(rng.random((5, 7)).T), list(rng.random((6, 7)).T)  # 5 and 6 seeds of 7 tasks
-    for statistic, scores, value, interval in (
-        (aggregate.mean, x, 0.528282021537026, (0.43766713, 0.61615569)),
-        (aggregate.iqm, x, 0.5661636935629151, (0.43722687, 0.66802737)),
-        (aggregate.probability_of_improvement, x + y, 0.528571428571428, (0.4047619, 0.66190476)),
-    ):
-        np.testing.assert_allclose(statistic(*scores), value, rtol=1e-12)
-        found = aggregate.interval(statistic, scores)
-        np.testing.assert_allclose(found, interval, atol=0.01)
-        assert aggregate.interval(statistic, scores) == found  # a fixed seed
-    # Seeds are drawn task by task: the means of a draw lie between 5.5 and 16.5.
-    scores = [np.array([1.0, 3.0]), np.array([10.0, 30.0])]
-    assert aggregate.interval(aggregate.mean, scores) == (5.5, 16.5)
-    assert np.isnan(aggregate.interval(aggregate.mean, [np.array([1.0])])).all()
-    assert aggregate.iqm(np.array([1.0, 2, 9])) == 4  # of 3 runs none is dropped
-    # Of the pairs (1, 1) is a tie, (1, 0), (2, 1) and (2, 0) are better, of 6.
-    two, three = np.array([1.0, 2.0]), np.array([1.0, 3.0, 0.0])
-    assert aggregate.probability_of_improvement(two, three) == 3.5 / 6
-
-
 def test_aggregates_by_hand(capsys, tmp_path):
     rows = []
     for exp_name, scenario, start, ends in (
@@ -196,45 +170,6 @@ def test_exported_evaluations_are_read_as_the_runs_were(tmp_path):
     assert plot.main([str(tmp_path / "runs"), "--keys", "charts/nothing"]) == 2
 
 
-def test_marl_eval_file(tmp_path, capsys):
-    """Environment, task, algorithm, run, step, as marl-eval's README has it, which pins pandas 1.4;
-    checked once by its own DiagnoseData and create_matrices_for_rliable."""
-    rows = [evaluation(name, seed, 10 * i, i + seed) | {"win_rate": 0.5 if name == "a" else None}
-            for name in ("a", "b, c") for seed in (1, 2) for i in range(4)]
-    pd.DataFrame(rows).to_csv(tmp_path / "x.csv", index=False)
-    file = tmp_path / "x.json"
-    assert plot.main([str(tmp_path / "x.csv"), "--marl-eval", str(file), "--last", "2"]) == 0
-    (tasks_of,) = json.loads(file.read_text()).values()
-    (algorithms,) = tasks_of.values()
-    assert {name: list(runs) for name, runs in algorithms.items()} == {
-        "a": ["seed_1", "seed_2"], "b c": ["seed_1", "seed_2"]}
-    run = algorithms["b c"]["seed_2"]  # b has no win rate, so none has
-    assert run["step_3"] == {"step_count": 30, "return": [5.0]}
-    assert run["absolute_metrics"] == {"return": [4.5]} and len(run) == 5
-
-
-def test_groups_are_sorted_by_number_and_hold_the_steps_of_all_their_seeds():
-    rows = []
-    for seed, steps in ((2, [0, 20, 30, 40]), (1, [0, 10, 20, 30])):
-        rows += [evaluation("delta_10", seed, step, step + seed) for step in steps]
-        rows += [evaluation("delta_2", seed, step, -step) for step in steps[:2]]
-    frame = evaluations.group(pd.DataFrame(rows), "", {"delta_2": "two"}, {"delta_10": "CTCE"})
-    assert list(frame["label"].unique()) == ["CTCE", "delta_10", "two"]
-    runs = frame[frame["label"] == "delta_10"]
-    assert list(runs["seed"]) == [1, 1, 1, 2, 2, 2]
-    assert list(runs["global_step"]) == [0, 20, 30] * 2
-    assert (runs["gap"] == 1).all()
-    assert list(frame[frame["label"] == "CTCE"]["learner"]) == list(runs["guider"])
-
-    finals = evaluations.final(frame, 2).set_index(["label", "seed"])
-    assert finals.loc[("delta_10", 1), "learner"] == 26 and finals.loc[("two", 1), "learner"] == 0
-    assert finals.loc[("delta_10", 2), "global_step"] == 30
-    assert finals.loc[("delta_10", 2), "wall_seconds"] == 15
-
-    order = evaluations.group(pd.DataFrame(rows), "delta_", {}, {})["label"].unique()
-    assert list(order) == ["delta_2", "delta_10"]
-
-
 # -------------------- Tables and pictures ---------------------------------------------------------
 @pytest.fixture
 def results(tmp_path):
@@ -289,30 +224,6 @@ def test_pictures_show_means_over_seeds_and_baselines(results):
     widths = [[bar.get_width() for bar in bars] for bars in grid.axes.flat[0].containers]
     assert widths[0] == [22, 8] and widths[1][0] == 23
     plot.plt.close("all")
-
-
-def test_what_cannot_be_drawn_is_one_line(results, tmp_path, capsys):
-    (tmp_path / "odd.csv").write_text("seed\n1\n")
-    (tmp_path / "empty.csv").write_text("")
-    for words, message in (
-        ([], "name folders"),
-        ([str(tmp_path)], f"{tmp_path}: there are no finished runs"),
-        ([str(tmp_path / "none.csv")], "No such file"),
-        ([str(tmp_path / "odd.csv")], "odd.csv: there is no column env_id, scenario"),
-        ([str(tmp_path / "empty.csv")], "empty.csv: No columns"),
-        ([results, "--only", "["], "--only [: unterminated"),
-        ([results, "--only", "smax"], "--only smax: found in no run"),
-        ([results, "--labels", "x", "y"], "--labels x: there is no run of this name"),
-        ([results, "--guider-of", "x", "y"], "--guider-of x: there is no run of this name"),
-        ([results, results], "CoordSum-v0 3x10=10 magpo: there are two runs with seed 1"),
-        ([results, "--labels", "mappo", "magpo"], "magpo: there are two runs with seed 1"),
-        ([results, "--last", "0"], "--last 0: must be above 0"),
-        ([results, "--out", "x.png", "--baseline", "3x", "1", "y"], "--baseline 3x: there is no"),
-    ):
-        assert plot.main(words) == 2
-        error = capsys.readouterr().err
-        assert error.startswith("plot.py: error: ") and error.count("\n") == 1
-        assert message in error
 
 
 def test_every_picture_can_be_redrawn(tmp_path, monkeypatch, capsys):
@@ -580,53 +491,6 @@ def test_speed(toy, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [*words, "--typo", "1"])
     with pytest.raises(SystemExit, match="speed.py: error: toy.py has failed"):
         speed.main()
-
-
-@pytest.mark.slow
-def test_cost_of_a_checkpoint():
-    *setting, write, read, size, rest = checkpoint.measure(
-        "magpo_ff", "CoordSum-v0", "2x3-4", 4, rounds=2)
-    assert setting == ["magpo_ff.py", "CoordSum-v0 2x3-4", 4]
-    assert np.all(np.isfinite([float(x) for x in (write, read, rest)])) and 0.5 < float(size) < 10
-
-
-@pytest.mark.slow
-def test_env_speed_plays_the_same_game_twice(monkeypatch):
-    """The rewards by hand, and through `collect`, where both agents get them; no episode ends."""
-    monkeypatch.setattr(env_speed.magpo_ff, "guider_act", env_speed.act_at_random)
-    options = env_speed.Options(num_envs=64, num_steps=16)
-    raw, collect = (float(play()) for play in env_speed.make_players("CoordSum-v0:2x3-4", options))
-    assert raw > 100 and 0.8 < collect / raw / 2 < 1.25
-
-
-@pytest.mark.slow
-def test_gpu(tmp_path):
-    """All its tables, at sizes of a CPU; a run folder that plot.py can read, without networks."""
-    flags = "--num-envs 4 --num-steps 8 --matrix 64 --min-seconds 0.01 --tasks CoordSum-v0/2x3-4"
-    flags += " --scripts mappo_ff nowhere"
-    whole_run = "--whole-run=--scenario 2x3-4 --num-envs 4 --num-steps 8 --guider mat"
-    whole_run += " --total-timesteps 32"
-    command = [sys.executable, "benchmark/gpu.py", "--out", tmp_path, *flags.split(), whole_run]
-    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    text = (tmp_path / "gpu.md").read_text()
-    measured, failed = [line for line in text.splitlines() if line.startswith("| ")][2:]
-    assert re.match(r"\| mappo_ff \| CoordSum-v0/2x3-4 \| 4 \| [\d,]+ \| \d+ \|", measured)
-    assert failed.startswith("| nowhere | CoordSum-v0/2x3-4 | 4 | not measured |")
-    assert "--total-timesteps 32`: 32 steps in " in text
-    frame = evaluations.read([str(tmp_path)])
-    assert list(frame.global_step) == [0, 32]
-    assert not list(tmp_path.glob("whole_run/*.npz"))
-
-
-def test_gpu_counts_the_operations_of_matrix_products():
-    """A product inside a scan counts once a step; 2 a product of two numbers and their sum."""
-
-    def program(x, y):
-        _, z = jax.lax.scan(lambda carry, x: (carry, jax.jit(jnp.matmul)(x, y)), 0, x)
-        return z + jnp.einsum("tij,tjk->tik", x, jnp.stack([y] * 5))
-
-    shapes = jnp.zeros((5, 2, 3)), jnp.zeros((3, 4))
-    assert gpu.matrix_operations(jax.make_jaxpr(program)(*shapes).jaxpr) == 2 * (2 * 5 * 2 * 3 * 4)
 
 
 # -------------------- The commands ----------------------------------------------------------------

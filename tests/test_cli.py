@@ -7,7 +7,6 @@ import re
 import shutil
 import signal
 import threading
-import types
 
 import jax
 import pytest
@@ -119,20 +118,6 @@ def test_delta_inf_is_allowed(script, call):
     """delta = inf takes the tether away; the baseline has no such flag."""
     status, _, err = call(script, "--dry-run", "--delta", "inf")
     assert (status == 0) == hasattr(script, "double_clip"), err
-
-
-@pytest.mark.parametrize("script", scripts_with("open_run"))
-def test_two_runs_in_one_second(script, monkeypatch, tmp_path):
-    """The second run takes the next free name; a folder that cannot be made is refused by flag."""
-    monkeypatch.setattr(script, "time", types.SimpleNamespace(time=lambda: 1000.5))
-    args = script.Args(run_dir=str(tmp_path / "runs"), num_devices=1, env_id="module:Mine-v0")
-    names = [script.open_run(args, [])[0].name for _ in range(3)]
-    stem = f"module_Mine-v0____{script.__name__}__1__"
-    assert names == [f"{stem}1000", f"{stem}1001", f"{stem}1002"]
-    (tmp_path / "file").write_text("")
-    with pytest.raises(SystemExit) as exit:
-        script.open_run(dataclasses.replace(args, run_dir=str(tmp_path / "file")), [])
-    assert exit.value.code == 2
 
 
 def test_every_metric_is_documented():
