@@ -852,9 +852,11 @@ class Adapter(Wrapper):
         return lambda state: global_state(self.unpack(state))
 
     @property
-    def animate(self) -> Callable:
+    def animate(self) -> Callable | None:
         """The environment's own `animate`, for states of this one."""
         animate = self._env.animate
+        if animate is None:  # it cannot be drawn
+            return None
         return lambda states, *args, **kwargs: animate(
             [self.unpack(state) for state in states], *args, **kwargs
         )

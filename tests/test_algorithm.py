@@ -108,6 +108,8 @@ def test_evaluation(script, monkeypatch):
         name = act.func.__name__.removesuffix("_act")
         assert act.keywords == {"greedy": True}
         episode = {"return": found[name], "length": [2.0, 2, 2, 4], "won": [1.0, 0, 0, 0]}
+        if name == "guider":
+            episode |= {"length": [9.0] * 4, "won": [1.0] * 4}
         return jax.tree.map(jnp.asarray, episode, is_leaf=lambda x: isinstance(x, list))
 
     monkeypatch.setattr(script, "play", play)

@@ -14,7 +14,6 @@ import pytest
 from conftest import (
     METRICS,
     TINY,
-    first_state,
     has_memory,
     make_parts,
     random_obs,
@@ -24,10 +23,10 @@ from conftest import (
 )
 from test_cli import test_every_flag_is_read as check_that_flags_are_read
 from test_examples import make_run
-from test_glue import train_with_stand_ins
+from test_glue import num_iterations, train_with_stand_ins
 
 import magpo_ff
-from examples import enjoy
+from examples import enjoy, use_learner
 
 ROOT = pathlib.Path(__file__).parent.parent
 sys.path.append(str(ROOT / "baselines"))
@@ -141,17 +140,24 @@ def test_training_loop(tmp_path):
     """It logs what a learner alone has played, and saves; the rest of it is in test_glue.py."""
     loop = train_with_stand_ins(mappo_ff, tmp_path)
     assert loop.saved == [0, 3, 5, 7] and len(loop.rows) == 4
+    assert num_iterations(tmp_path / "best_keys.safetensors") == 0
     assert (tmp_path / "learning_curve.png").stat().st_size > 5000
 
 
 @for_each_baseline
-def test_evaluation(script):
+def test_evaluation(script, monkeypatch):
     """The learner alone is evaluated; what an iteration returns is in test_reference.py."""
-    parts = make_parts(script, script.make_env("CoordSum-v0", "2x3-4"))
-    state = jax.eval_shape(lambda: first_state(script, parts))
-    evaluate = functools.partial(script.evaluate, *parts)
-    assert jax.eval_shape(evaluate, state.params, state.key).keys() == {
-        name for name in METRICS if name.startswith("eval/")}
+    found = jnp.array([[1.0, 3, 5, 7], [2, 2, 2, 4]])
+
+    def play(env, act, *rest):
+        assert act.func is script.learner_act and act.keywords == {"greedy": True}
+        return dict(zip(("return", "length"), found))
+
+    monkeypatch.setattr(script, "play", play)
+    parts = make_parts(script, script.make_env("CoordSum-v0", "2x3-4"), eval_greedy=True)
+    assert script.evaluate(*parts, {"learner": None}, None) == {
+        "eval/learner_return": 4, "eval/learner_return_std": pytest.approx(5**0.5),
+        "eval/episodic_length": 2.5}
 
 
 def test_enjoy(call, tmp_path):
@@ -166,6 +172,11 @@ def test_enjoy(call, tmp_path):
     assert np.mean(episode["return"]) == row["eval/learner_return"]
     states, _ = enjoy.play_episode(options, env, act, make_hidden)
     assert len(states) == 4
+    for tree in params.values():  # agents start with networks of their own
+        assert not np.allclose(*tree["params"]["Dense_0"]["kernel"])
+    options = dataclasses.replace(options, greedy=True, max_frames=101)
+    _, total = enjoy.play_episode(options, *enjoy.load_team(options)[1:])
+    assert call(use_learner, tmp_path)[1] == f"100 steps, return {total:.3f}\n"
 
     status, _, err = call(enjoy, tmp_path, "--guider")
     assert status == 2 and "--guider: happo_rec.py has none" in err

@@ -36,9 +36,9 @@ def untrained(monkeypatch, tmp_path):
         monkeypatch.setattr(script.values[0], "train", lambda *_: pytest.fail("training began"))
 
 
-BAD_VALUES = """num-envs -4 0, total-timesteps 10 -1, num-evals 0 -1, eval-episodes 0 -2,
-    num-steps 0 -8, num-minibatches 0 -2 3, update-epochs 0, embed-dim 0, num-heads -1 0,
-    num-blocks 0, learner-hidden-dim -1, num-devices -1, seed -1, learning-rate -1 0 nan inf,
+BAD_VALUES = """num-envs -4 0, total-timesteps 10 -1 8191, num-evals 0 -1, eval-episodes 0 -2,
+    num-steps 0 -8, num-minibatches 0 -2 3 8192, update-epochs 0, embed-dim 0, num-heads -1 0,
+    num-blocks 0, learner-hidden-dim -1, num-devices -1, seed -1 4294967296, learning-rate -1 0 nan inf,
     gamma 2 -0.1 nan, gae-lambda 1.1 nan, clip-coef 0 nan, ent-coef -1 nan inf, vf-coef -0.5 nan,
     max-grad-norm 0 nan, env-id Nope-v0 Cleaner-v0, scenario bogus"""
 BAD_TETHERS = "delta 1 0.5 -2 nan, learner-rl-coef -1 nan"
@@ -102,7 +102,7 @@ def test_every_flag_is_read(script):
 
 
 @pytest.mark.parametrize("flags, num_agents", [
-    ("--num-evals 1", 3), ("--env-id LevelBasedForaging-v0 --scenario 8x8-2p-2f-coop", 2)])
+    ("--num-evals 1 --seed 0 --gamma 0 --gae-lambda 0 --ent-coef 0 --vf-coef 0", 3), ("--env-id LevelBasedForaging-v0 --scenario 8x8-2p-2f-coop", 2)])
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_dry_run(script, flags, num_agents, call, monkeypatch, tmp_path):
     """--dry-run says how many agents there are; it compiles, makes and trains nothing."""
@@ -116,7 +116,7 @@ def test_dry_run(script, flags, num_agents, call, monkeypatch, tmp_path):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_delta_inf_is_allowed(script, call):
     """delta = inf takes the tether away; the baseline has no such flag."""
-    status, _, err = call(script, "--dry-run", "--delta", "inf")
+    status, _, err = call(script, "--dry-run", "--delta", "inf", "--learner-rl-coef", 0)
     assert (status == 0) == hasattr(script, "double_clip"), err
 
 
@@ -170,23 +170,27 @@ def test_surroundings_that_do_not_work_here(call, monkeypatch, capsys, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
     def refuse(**settings):
+        assert settings["id"] == settings["name"][-64:]  # the seed and the second are in it
         raise wandb.Error("no API key")
 
     monkeypatch.setattr(wandb, "init", refuse)
     with pytest.raises(SystemExit, match="2"):
-        SCRIPT.open_run(SCRIPT.Args(track=True, run_dir=str(tmp_path)), [])
+        SCRIPT.open_run(SCRIPT.Args(track=True, run_dir=str(tmp_path), exp_name=64 * "x"), [])
+    assert list(tmp_path.glob("*/args.json")) == []
     assert capsys.readouterr().err == f"{SCRIPT.SCRIPT}: error: --track: no API key\n"
 
 
 @pytest.mark.parametrize("devices, num_envs, text", [
     (4, 4, "--num-devices 4: must be at most 2"),
-    (2, 3, "--num-envs 3: must be divisible by --num-devices 2")])
+    (2, 3, "--num-envs 3: must be divisible by --num-devices 2"),
+    (2, 6, "--num-minibatches 256: must be a divisor of ")])  # not of the 384 on a device
 @pytest.mark.parametrize("script", scripts_with("check_args", "Args"))
 def test_devices_that_do_not_fit(script, devices, num_envs, text, monkeypatch, capsys):
     """There are two: more are refused, and so are environments that they cannot share evenly."""
     monkeypatch.setattr(jax, "device_count", lambda: 2)
     with pytest.raises(SystemExit) as end:
-        script.check_args(script.Args(num_devices=devices, num_envs=num_envs))
+        script.check_args(script.Args(
+            num_devices=devices, num_envs=num_envs, num_minibatches=256))
     assert end.value.code == 2 and text in capsys.readouterr().err
 
 
@@ -202,7 +206,7 @@ def test_double_precision_is_ignored(env_id, scenario, call):
     assert (status, err, is_double) == (0, "", False)
 
 
-def test_main_leaves_signals_alone(call):
+def test_main_leaves_signals_alone(call, monkeypatch):
     """Called from another program main() sets no handler, and it works in a thread."""
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
     before, results = [signal.getsignal(number) for number in numbers], []
@@ -210,4 +214,10 @@ def test_main_leaves_signals_alone(call):
     thread.start()
     thread.join()
     assert results == [0]
+    monkeypatch.setattr(SCRIPT, "STOP", [0])  # what the program itself does at the first signal
+    signal.signal(signal.SIGUSR1, SCRIPT.note_signal)
+    signal.raise_signal(signal.SIGUSR1)
+    assert SCRIPT.STOP == [0, signal.SIGUSR1]
+    assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL  # the same again kills
+    signal.signal(signal.SIGUSR1, before[-1])
     assert [signal.getsignal(number) for number in numbers] == before

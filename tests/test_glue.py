@@ -56,7 +56,7 @@ def train_with_stand_ins(
     of 10 i and a length of 20 i in total. The learner's return is the square of how far the
     iterations are from 4. A signal comes during iteration `stop_after`. Files are real.
     """
-    clock, names = Clock(), ("rows", "tracked", "evaluations", "trained", "saved")
+    clock, names = Clock(), ("rows", "tracked", "evaluations", "trained", "saved", "released")
     loop = types.SimpleNamespace(status=None, **{name: [] for name in names})
 
     def init_state(args, env, guider, learner, params_key, key):
@@ -77,7 +77,7 @@ def train_with_stand_ins(
         loss = jnp.where(i <= finite_until, number * number, jnp.nan)
         metrics = {"losses/value_loss": loss, "charts/learning_rate": 0.5 / number}
         metrics |= {"return": 10 * number, "length": 20 * number, "won": 0.0, "episodes": number}
-        metrics |= dict.fromkeys(("observation", "reward", "target"), 0.0)
+        metrics |= dict.fromkeys(("observation", "reward", "target"), loss)
         params = {"keys": state.params["keys"] | {"i": i[None]}}
         metrics = jax.tree.map(jnp.float32, metrics)
         return state._replace(params=params), metrics
@@ -91,7 +91,7 @@ def train_with_stand_ins(
         shape = jax.ShapeDtypeStruct((), jnp.float32)
         zero = io_callback(note_evaluation, shape, params["keys"], key)
         returns = (params["keys"]["i"][0] - 4) ** 2 + zero
-        return {"eval/learner_return": returns, "eval/guider_return": returns}
+        return {"eval/learner_return": returns, "eval/guider_return": -returns}
 
     save_checkpoint, log = script.save_checkpoint, script.log
 
@@ -104,7 +104,7 @@ def train_with_stand_ins(
         return log(folder, tracker, rows, params)
 
     tracker = types.SimpleNamespace(log=lambda row, step: loop.tracked.append((step, row)))
-    opened = pathlib.Path(folder), types.SimpleNamespace(release=lambda: None), tracker
+    opened = pathlib.Path(folder), types.SimpleNamespace(release=lambda: loop.released.append(1)), tracker
     sizes = {"num_envs": 4, "num_steps": 8, "num_devices": 1}
     args = script.Args(**sizes | LOOP_FLAGS | flags)
     stand_ins = {
@@ -139,6 +139,7 @@ def test_evaluations_are_evenly_spaced(loop):
     steps = [row["global_step"] for row in loop.rows]
     assert steps == [STAND_IN_STEPS * iteration for iteration in (0, 3, 5, 7)]
     assert [keys["i"] for keys, _ in loop.evaluations] == [0, 3, 5, 7] == loop.saved
+    assert loop.released == [1]  # the lock
 
 
 @pytest.mark.parametrize("script", TRAIN)
@@ -219,7 +220,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(script, tmp_path, capsys):
     loop = train_with_stand_ins(script, tmp_path, finite_until=3, stop_after=4)
     err = capsys.readouterr().err
     assert loop.status == 1 and len(err.splitlines()) == 1
-    assert "losses/value_loss is nan in iteration 4" in err
+    assert "error: observation is nan in iteration 4" in err
     assert [row["global_step"] for row in loop.rows] == [0, 3 * STAND_IN_STEPS]
     assert loop.saved == [0, 3]
 
@@ -334,6 +335,7 @@ def test_all_is_saved_before_a_line_is_printed(script, tmp_path, monkeypatch):
     """If nobody reads it (`| head -1`), the checkpoint of the first evaluation is there."""
 
     def write(line):
+        assert "learner 16  guider -16 " in line
         raise BrokenPipeError
 
     monkeypatch.setattr(script.tqdm, "write", write)

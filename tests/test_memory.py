@@ -183,6 +183,8 @@ def test_causality_in_time_and_agents(script, kind):
         return logits.any(axis=(0, 3)), value.any(axis=0), learner_logits.any(axis=(0, 3))
 
     sable = kind == "sable"
+    later = everything(view, action, timestep + 1, hidden)  # mat is told no timestep
+    assert np.array_equal(later[0], before[0]) == np.array_equal(later[1], before[1]) != sable
     for t, agent in ((0, 0), (5, 1), (11, 2)):
         other_action = action.at[:, t, agent].set((action[:, t, agent] + 1) % NUM_ACTIONS)
         logits, value, learner_logits = changed(view, other_action)

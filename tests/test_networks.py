@@ -6,7 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import make_guider, random_obs, random_params, scripts_with
+from conftest import (
+    ScriptedEnv,
+    first_state,
+    make_guider,
+    make_parts,
+    random_obs,
+    random_params,
+    scripts_with,
+)
 
 NUM_ACTIONS, NUM_FEATURES = 4, 5
 GUIDER_SCRIPTS = scripts_with("Guider", "guider_act", feed_forward=True)
@@ -220,6 +228,86 @@ def test_learner_is_decentralized(script):
     for i in range(3):
         for j in range(3):
             assert np.any(jacobian[i, :, j] != 0) == (i == j)
+
+
+# -------------------- By hand ---------------------------------------------------------------------
+def normed(kind, layer, x):
+    """LayerNorm (mat) or RMSNorm (sable)."""
+    x = x - x.mean(-1, keepdims=True) * (kind == "mat")
+    x = x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + 1e-6)
+    return x * layer["scale"] + layer.get("bias", 0.0)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("kind", ["mat", "sable"])
+@pytest.mark.parametrize("script", scripts_with("Mixer", feed_forward=True))
+def test_mixer_by_hand(script, kind, causal):
+    """Head by head and agent by agent: attention, or retention with a norm for each head and a gate
+    that reads what keys read."""
+    x, source = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 8)))
+    mixer = script.Mixer(kind, 2)
+    params = random_params(mixer, 1, x, source, causal)
+    found, layers = mixer.apply(params, x, source, causal), params["params"]
+    inputs = {"query": x, "key": source, "value": source}
+    query, key, value = (inputs[name] @ layers[name]["kernel"] for name in inputs)
+    mixed = np.zeros((3, 8))
+    for agent, head in np.ndindex(3, 2):
+        part, seen = slice(4 * head, 4 * head + 4), slice(agent + 1 if causal else 3)
+        scores = key[seen, part] @ query[agent, part] / np.sqrt(4)
+        mixed[agent, part] = y = jax.nn.softmax(scores) @ value[seen, part]
+        if kind == "sable":
+            y = scores @ value[seen, part]
+            mixed[agent, part] = (y - y.mean()) / np.sqrt(y.var() + 1e-6)
+    if kind == "sable":
+        mixed = mixed * layers["head_norm"]["scale"] + layers["head_norm"]["bias"]
+        mixed = mixed * jax.nn.swish(source @ layers["gate"]["kernel"])
+    expected = normed(kind, layers["norm"], x + mixed @ layers["out"]["kernel"])
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["mat", "sable"])
+@pytest.mark.parametrize("script", scripts_with("Mlp"))
+def test_mlp_by_hand(script, kind):
+    """GELU of two layers (mat), SwiGLU of three (sable)."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 8)))
+    mlp = script.Mlp(kind)
+    params = random_params(mlp, 1, x)
+    layers = params["params"]
+    up, gate = (x @ layers[name]["kernel"] + layers[name]["bias"]
+                for name in ("up", "up" if kind == "mat" else "gate"))
+    hidden = jax.nn.gelu(up) if kind == "mat" else jax.nn.swish(up) * gate
+    out = hidden @ layers["down"]["kernel"] + layers["down"]["bias"]
+    expected = normed(kind, layers["norm"], x + out)
+    np.testing.assert_allclose(mlp.apply(params, x), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("script", LEARNER_SCRIPTS)
+def test_learner_by_hand(script):
+    """Two layers of ReLU and the policy, whose last layer starts small: all actions alike."""
+    obs = random_obs(script, 3, 2, 3, NUM_ACTIONS)
+    obs = obs._replace(action_mask=jnp.ones_like(obs.action_mask))
+    learner = script.Learner(8, NUM_ACTIONS, False)
+    params = random_params(learner, 1, obs)
+    first, second, last = (params["params"][name] for name in ("Dense_0", "Dense_1", "Policy_0"))
+    x = obs.agents_view
+    for layer in (first, second):
+        x = jnp.maximum(x @ layer["kernel"] + layer["bias"], 0.0)
+    logits = x @ last["out"]["kernel"] + last["out"]["bias"]
+    expected = masked_log_softmax(logits, obs.action_mask)
+    found = jax.nn.log_softmax(learner.apply(params, obs).logits)
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
+    start = learner.init(jax.random.PRNGKey(0), obs)["params"]["Policy_0"]["out"]["kernel"]
+    np.testing.assert_allclose(np.linalg.svd(start)[1], 0.01, rtol=1e-4)
+
+
+@pytest.mark.parametrize("script", scripts_with("Guider", "make_networks"))
+def test_guider_without_mlp(script):
+    """--no-guider-mlp leaves a norm of it, and observations are normed first."""
+    for has_mlp in (True, False):
+        parts = make_parts(script, ScriptedEnv(script), guider_mlp=has_mlp)
+        params = jax.eval_shape(lambda: first_state(script, parts)).params["guider"]["params"]
+        assert ("up" in params["decoder_0_2"]) == ("up" in params["encoder_0_1"]) == has_mlp
+        assert "scale" in params["obs_embed"]["layers_0"]
 
 
 @pytest.mark.parametrize("script", scripts_with("Dense"))

@@ -57,6 +57,7 @@ def test_files(whole):
     (start,) = about["starts"]
     assert start["versions"]["jax"] == jax.__version__ and "2x3-4" in start["command"]
     assert is_png(whole.folder / "learning_curve.png")
+    assert not (whole.folder.parent / ".jax_cache").exists()  # the user has set another
 
 
 def test_rows(whole):
@@ -271,7 +272,7 @@ def test_unusable_folders(old, new, text, whole, call, tmp_path):
 
 @pytest.mark.parametrize("flags", [
     "--seed 2", "--num-envs 8", "--env-id RobotWarehouse-v0", "--guider sable",
-    "--learning-rate 2e-3", "--anneal-lr", "--num-devices 3", "--exp-name other"])
+    "--learning-rate 2e-3", "--delta 2", "--anneal-lr", "--num-devices 3", "--exp-name other"])
 def test_flags_that_may_not_change(flags, whole, call):
     """Another value of a flag that makes the run what it is, is refused by its name."""
     before = snapshot(whole.folder)

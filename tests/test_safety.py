@@ -117,7 +117,7 @@ def test_each_start_is_kept(run, call, monkeypatch, capsys):
     about["starts"][0]["versions"]["jax"] = "0.0.1"
     (run / "args.json").write_text(json.dumps(about))
     monkeypatch.chdir(run)
-    flags = ["--resume", ".", *map(str, LONGER)]
+    flags = ["--resume", ".", *map(str, LONGER), "--eval-episodes", "2", "--eval-greedy"]
     monkeypatch.setattr(sys, "argv", [SCRIPT.SCRIPT, *flags])
     args, starts = SCRIPT.parse_args()
     err = capsys.readouterr().err

@@ -1,6 +1,7 @@
 """Tests of tasks.py: scenario names, Connector's vector view, JaxMARL's games in Jumanji."""
 
 import functools
+import math
 import pathlib
 import subprocess
 import sys
@@ -181,15 +182,29 @@ def check_global_state(env_id, state, told):
     elif env_id == "RobotWarehouse-v0":
         shelves, robots, requested = told[: 3 * state.grid[0].size].reshape(3, -1).sum(axis=1)
         assert (robots, requested) == (8, 4) and shelves == len(state.shelves.is_requested)
+        robots, size = state.agents, state.grid.shape[1:]
+        rest = [robots.position.x / size[0], robots.position.y / size[1],
+                np.eye(4)[robots.direction].ravel(), robots.is_carrying]
+        np.testing.assert_allclose(told[3 * math.prod(size) :], np.concatenate(rest), rtol=1e-6)
     elif env_id == "LevelBasedForaging-v0":
         np.testing.assert_allclose(told[:8].reshape(4, 2) * 15, state.agents.position)
         assert told[-5:].tolist() == (~state.food_items.eaten).tolist()
+        players, eaten = state.agents, np.array([True, False, False, False, False])
+        state = state.replace(food_items=state.food_items.replace(eaten=jnp.asarray(eaten)))
+        told = np.asarray(tasks.lbf_state(make(env_id, "15x15-4p-5f"), state))
+        assert told[8:16].tolist() == [*players.level.tolist(), *players.loading.tolist()]
+        food = state.food_items
+        np.testing.assert_allclose(told[16:26].reshape(5, 2) * 15, food.position * ~eaten[:, None])
+        assert told[26:].tolist() == [*(food.level * ~eaten).tolist(), *(~eaten).tolist()]
     elif env_id == "Connector-v3":
-        assert told[:225].sum() == np.sum(state.grid == 0) and np.all(told[225:] < 1)
+        assert told[:225].sum() == np.sum(state.grid == 0)
+        ends = np.stack([state.agents.position, state.agents.target])
+        np.testing.assert_allclose(told[225:].reshape(2, 23, 2) * 15, ends, rtol=1e-6)
     elif env_id == "SMAX":
         assert np.all(told[:200].reshape(20, 10)[:, 0] > 0)  # twenty units, all in good health
     else:
         assert told[:40].tolist() == state.game_state.p_pos.ravel().tolist()
+        assert told[40:].tolist() == state.game_state.p_vel.ravel().tolist()
 
 
 def test_table(monkeypatch, capsys):
@@ -348,6 +363,8 @@ def test_key_of_the_next_step():
     drawn = [key, *jax.random.split(key), *jax.random.split(key, 3)[:2]]
     assert not any(np.array_equal(tasks.following_key(key), other) for other in drawn)
     assert not np.array_equal(tasks.following_key(key), tasks.following_key(drawn[1]))
+    state, _ = make(SPREAD, "simple_spread_3ag").reset(key)
+    assert np.array_equal(state.key, tasks.following_key(key))
 
 
 # --------------------------------------------------------------------------------------------- SMAX

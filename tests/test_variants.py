@@ -125,6 +125,25 @@ def test_only_the_guider_reads_the_state():
         assert np.all((of_game > 1e-6) == np.eye(4, dtype=bool))
 
 
+def test_the_state_is_that_of_now():
+    """After a reset and after a step what the guider reads is of the game as it is then."""
+    env = with_state.make_env("CoordSum-v0", "2x3=2")
+    state = env.reset(jax.random.PRNGKey(0))
+    after, *_ = env.step(state, jnp.array([2, 0]))
+    for now in (state, after):
+        np.testing.assert_array_equal(now.obs.global_state, env.env.global_state(now.game))
+    assert np.any(after.obs.global_state != state.obs.global_state)
+    x = jnp.array([[3.0, 4.0], [0.0, 0.0]])
+    np.testing.assert_allclose(with_state.unit_length(x), [[0.6, 0.8], [0, 0]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("delta", ["1.01", "inf"])
+def test_a_tether_has_to_have_bounds(delta, call):
+    """Those that it could not keep are refused; it begins with the longest."""
+    status, _, err = call(adaptive, "--delta", delta, "--dry-run")
+    assert status == 2 and f"--delta {delta}: must be above 1.02" in err
+
+
 def test_environment_without_a_global_state(call):
     """It is refused in one line."""
     status, _, err = call(with_state, "--env-id", "examples.my_env:Meet-v0", "--dry-run")
