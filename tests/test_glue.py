@@ -104,7 +104,8 @@ def train_with_stand_ins(
         return log(folder, tracker, rows, params)
 
     tracker = types.SimpleNamespace(log=lambda row, step: loop.tracked.append((step, row)))
-    opened = pathlib.Path(folder), types.SimpleNamespace(release=lambda: loop.released.append(1)), tracker
+    lock = types.SimpleNamespace(release=lambda: loop.released.append(1))
+    opened = pathlib.Path(folder), lock, tracker
     sizes = {"num_envs": 4, "num_steps": 8, "num_devices": 1}
     args = script.Args(**sizes | LOOP_FLAGS | flags)
     stand_ins = {

@@ -67,8 +67,8 @@ def test_not_finite(environ, tmp_path):
 @pytest.mark.parametrize("flags, names", [
     ("--script nowhere.py", "--script nowhere.py"), ("--script tasks.py", "--script tasks.py"),
     ("--num-envs 0", "--num-envs 0"), ("--env-id Nope-v0", "--env-id Nope-v0"),
-    ("--track", "--track"), ("--dry-run", "--dry-run"), ("--num-devices 2", "--num-devices"), ("--seed 2", "--seed:"),
-    ("--seeds", "--seeds"), ("--seeds 1 -2", "--seed -2"),
+    ("--track", "--track"), ("--dry-run", "--dry-run"), ("--num-devices 2", "--num-devices"),
+    ("--seed 2", "--seed:"), ("--seeds", "--seeds"), ("--seeds 1 -2", "--seed -2"),
 ])
 def test_flag_errors(flags, names, call, tmp_path):
     """One line that names flag and value, status 2."""
