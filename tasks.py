@@ -248,7 +248,8 @@ class VectorConnector(Wrapper):
     @functools.cached_property
     def observation_spec(self) -> specs.Spec:
         """Spec of `VectorObservation`."""
-        view = specs.BoundedArray((self._env.num_agents, 54), jnp.float32, -1.0, 1.0, "agents_view")
+        # Without its bounds, -1 and 1, so that D1 leaves the view as D4 has it.
+        view = specs.Array((self._env.num_agents, 54), jnp.float32, "agents_view")
         mask = specs.BoundedArray((self._env.num_agents, 5), bool, False, True, "action_mask")
         fields = {"agents_view": view, "action_mask": mask}
         return specs.Spec(VectorObservation, "ObservationSpec", **fields)

@@ -53,9 +53,8 @@ def test_golden(name):
             for seed in "01"
         ]
     env_id, scenario = GOLDEN_TASKS[name], name.split("/")[1]
-    # The recorded actions are those of the task itself, before any tanh.
-    is_raw = env_id == SPREAD
-    env = script.TeamEnv(tasks.make(SPREAD)) if is_raw else script.make_env(env_id, scenario)
+    # What is recorded is the task itself, before any tanh of actions and scale of features.
+    env = script.TeamEnv(tasks.make(env_id, scenario))
     has_chance = env_id in (SMAX, SPREAD)  # in its steps
 
     def step(state, inputs):
