@@ -174,7 +174,7 @@ MAT = [name for name in CASES if name.endswith("mat")]  # its parts are tested i
 
 
 @pytest.mark.parametrize("names", [
-    [name for name in CASES if name not in MAT], pytest.param(MAT, marks=pytest.mark.slow)], ids=len)
+    [name for name in CASES if name not in MAT], pytest.param(MAT, marks=pytest.mark.slow)])
 def test_two_iterations(names, environ):
     """All in one process, for its first case alone compiles much that others need, too."""
     done = subprocess.run(
