@@ -257,7 +257,9 @@ def test_saddle(run_here, tmp_path):
     for policy in ("guider", "guider, deaf", "learner"):  # 63 of 1000 triples add up to 10
         np.testing.assert_allclose(start[policy], 0.063, atol=5e-3)
     out.unlink()
-    assert run_here("docs/saddle.py", csv, "--out", out)[0] == 0 and is_picture(out)
+    other = tmp_path / "other.csv"
+    frame.assign(run="another").to_csv(other)
+    assert run_here("docs/saddle.py", csv, other, "--out", out)[0] == 0 and is_picture(out)
     for bad, line in {
         ("--scenario", "3x10-30"): "--scenario 3x10-30: must be 3x10=10",
         ("--every", "0"): "--every 0: must be above 0",

@@ -88,7 +88,7 @@ def test_plain_lines(whole):
     assert re.fullmatch(rf"{whole.script.__name__}.py: 2 agents, [12] x cpu", lines[0])
     found = re.findall(r"^global_step=(\d+)  ", whole.done.stdout, re.M)
     assert list(map(int, found)) == STEPS
-    assert f"{whole.rows[-1]['eval/learner_return']:.2f}" in lines[-2]
+    assert f"learner {whole.rows[-1]['eval/learner_return']:.4g}  " in lines[-2]
     assert whole.folder.name in lines[-1]
     assert not re.search("\r|\x1b|step/s", whole.done.stdout)
     assert not re.search("\r|step/s", whole.done.stderr)
