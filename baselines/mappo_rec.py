@@ -22,22 +22,20 @@ Memory: learner and critic have a GRU each, and minibatches hold whole rollouts.
 
 Shapes in comments: T steps of a rollout, B environments on a device, M sequences of a minibatch, N
 agents, A actions, O features of an observation, F width of a hidden state, D devices, .. any
-axes. D with a number (D1, D2, ..) is a detail that docs/details.md compares with the official code.
-What has nothing to do with MAPPO comes last: saving, logging, starting and the outer loop.
+axes. D1, D2, .. are details that docs/details.md compares with the official code.
 """
-import collections
-import contextlib
 import dataclasses
-import importlib.metadata
-import importlib.util
-import io
 import json
 import math
 import os
 import signal
 import sys
 import time
+from collections import Counter
+from contextlib import contextmanager, suppress
 from functools import partial
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
@@ -162,15 +160,13 @@ class TeamEnv:
 def make_env(env_id, scenario):
     """Makes any environment by tasks.py, or without it one of Jumanji's that needs no adapter."""
     import jumanji  # here, because it starts JAX's backend, and the devices are set before that
-    if importlib.util.find_spec("tasks"):
+    if find_spec("tasks"):
         import tasks
         with refusing(tasks.TaskError):
             return TeamEnv(tasks.make_trainable(env_id, scenario))
-    env = jumanji.make(env_id) if env_id in jumanji.registered_environments() else None
-    view = getattr(getattr(env, "observation_spec", None), "agents_view", None)
-    if scenario or view is None or hasattr(view, "minimum"):
+    if (env_id, scenario) != ("RobotWarehouse-v0", ""):
         refuse(f"--env-id {env_id} --scenario {scenario}: needs tasks.py beside this file")
-    return TeamEnv(env)
+    return TeamEnv(jumanji.make(env_id))
 
 
 # -------------------- Networks --------------------------------------------------------------------
@@ -343,7 +339,6 @@ def minibatch_loss(params, args, learner, critic, mb):
     policy, _ = learner.apply(params["learner"], mb.obs, mb.timestep, mb.hidden["learner"])
     value, _ = critic.apply(params["critic"], mb.obs, mb.timestep, mb.hidden["critic"])
     log_prob = policy.log_prob(mb.action)  # (M, T, N)
-    # Advantages are normalised over the minibatches of all devices together.
     mean, std = pooled(mb.advantage)
     advantage = (mb.advantage - mean) / (std + 1e-20)
 
@@ -384,7 +379,6 @@ def start_afresh(env, after, last, pool, key):
     fresh = tree.map(lambda x: x[num_used - 1], starts)
     ready = tree.map(partial(vmap(jnp.where), last), fresh, after)
     return ready, (starts, num_used[-1])
-
 
 
 def collect(args, env, learner, critic, state):
@@ -438,10 +432,9 @@ def train_iteration(args, env, learner, critic, state):
     advantage = gae(scaled, args.gamma, args.gae_lambda)
     target = scaled.value + advantage
     share = jnp.maximum(0.1, 1 / (state.iteration + 1))  # the first ten iterations count alike
-    share = jnp.where(size > 0, share, 1.0)  # and what comes after zeros alone
     mean += share * (pooled(target)[0] - mean)
     # The std of a Gaussian with this fourth moment: the std itself lets rare rewards tower above.
-    fourth = lax.pmean(jnp.mean((target - mean) ** 4), "device") / 3
+    fourth = pooled((target - mean) ** 4)[0] / 3
     size = jnp.sqrt(jnp.sqrt((1 - share) * size**4 + share * fourth))
     value_scale = jnp.stack([mean, size])
     rollout = rollout._replace(advantage=advantage, target=(target - mean) / (size + 1e-20))
@@ -548,7 +541,7 @@ def refuse(reason, status=2):
     sys.exit(status)
 
 
-@contextlib.contextmanager
+@contextmanager
 def refusing(errors, what="", status=2):
     """Within it such errors become one line for the user."""
     try:
@@ -558,19 +551,18 @@ def refusing(errors, what="", status=2):
 
 
 
-def write_whole(path, data):
-    """Writes a file so that at any moment the old or the new one is there, whole."""
-    new = path.with_suffix(".new")
+def write_whole(path, write):
+    """Calls write(file name) so that at any moment the old or the new file is there, whole."""
+    new = path.with_name(f"new_{path.name}")
     with refusing(OSError, f"cannot write {path}: ", status=1):
-        new.write_bytes(data)
+        write(new)
         new.replace(path)
 
 
 def save_checkpoint(path, state, progress):
     """Writes a tree of arrays, and what JSON can hold, as a zip of arrays with checksums."""
-    data = io.BytesIO()
-    np.savez(data, *tree.leaves(state), progress=json.dumps(progress))
-    write_whole(path, data.getvalue())
+    arrays, progress = tree.leaves(state), json.dumps(progress)
+    write_whole(path, lambda new: np.savez(new, *arrays, progress=progress))
 
 
 def load_checkpoint(path, like):
@@ -594,7 +586,7 @@ def open_run(args, starts):
     with refusing(OSError, "--run-dir, --resume: in use, or cannot be: ", 2 - args.distributed):
         os.makedirs(args.run_dir, exist_ok=True)
         while jax.process_index() == 0 and not args.resume:
-            with contextlib.suppress(FileExistsError):  # another run began in the same second
+            with suppress(FileExistsError):  # another run began in the same second
                 os.mkdir(f"{stem}{now}")
                 break
             now += 1
@@ -602,9 +594,6 @@ def open_run(args, starts):
         lock = FileLock(folder / ".lock", timeout=0)
         if jax.process_index() == 0:
             lock.acquire()
-    if not jax.config.jax_compilation_cache_dir:  # compiled programs are kept beside the runs
-        jax.config.update("jax_compilation_cache_dir", f"{args.run_dir}/.jax_cache")
-        jax.config.update("jax_compilation_cache_max_size", 2**30)  # with a limit it can be shared
     if jax.process_index() > 0:
         return folder, lock, None
     about, tracker = {"script": SCRIPT, "args": vars(args), "starts": starts}, None
@@ -614,16 +603,18 @@ def open_run(args, starts):
             tracker = wandb.init(
                 project=args.wandb_project_name, config=about, name=folder.name,
                 id=folder.name[-64:], resume="allow")
-    write_whole(folder / "args.json", json.dumps(about, indent=2).encode())
+    write_whole(folder / "args.json", lambda new: new.write_text(json.dumps(about, indent=2)))
     return folder, lock, tracker
 
 
-def interval_row(args, iteration, sums, before):
-    """Sums over the iterations since the last evaluation, of which `before` is the row -> row."""
+def interval_row(args, iteration, sums, rows):
+    """Sums over the iterations since the last of the rows -> what the next one says of them."""
+    before = Counter(*rows[-1:])
     steps, count = args.num_envs * args.num_steps, sums["iterations"]
     row = {name: x / count for name, x in sums.items() if "/" in name}
     row["global_step"] = iteration * steps
     row["time/train_s"] = before["time/train_s"] + sums["seconds"]
+    row["time/eval_s"] = before["time/eval_s"] + sums["eval_seconds"]
     if count > 0:
         row["charts/SPS"] = count * steps / sums["seconds"]
         row["charts/num_episodes"] = sums["episodes"]
@@ -637,18 +628,17 @@ def log(folder, tracker, rows, params):
     """Writes metrics, networks and curve -> what to print of the newest row."""
     row = rows[-1]
     lines = "\n".join(map(json.dumps, rows)) + "\n"
-    write_whole(folder / "metrics.jsonl", lines.encode())
+    write_whole(folder / "metrics.jsonl", lambda new: new.write_text(lines))
     is_best = row["eval/learner_return"] == max(row["eval/learner_return"] for row in rows)
     for network, arrays in params.items():  # with names such as params,Dense_0,kernel
-        data = safetensors.numpy.save(flatten_dict(arrays, sep=","))
-        write_whole(folder / f"{network}.safetensors", data)
+        write = partial(safetensors.numpy.save_file, flatten_dict(arrays, sep=","))
+        write_whole(folder / f"{network}.safetensors", write)
         if is_best:  # of equals the later one
-            write_whole(folder / f"best_{network}.safetensors", data)
-    axes = Figure(layout="constrained").subplots()
-    pandas.DataFrame(rows).plot("global_step", "eval/learner_return", ax=axes, title=folder.name)
-    png = io.BytesIO()
-    axes.figure.savefig(png)
-    write_whole(folder / "learning_curve.png", png.getvalue())
+            write_whole(folder / f"best_{network}.safetensors", write)
+    figure = Figure(layout="constrained")
+    pandas.DataFrame(rows).plot(
+        "global_step", "eval/learner_return", ax=figure.subplots(), title=folder.name)
+    write_whole(folder / "learning_curve.png", figure.savefig)
     if tracker:
         tracker.log(row, step=row["global_step"])
     returns = f"learner {row['eval/learner_return']:.4g}"
@@ -657,12 +647,9 @@ def log(folder, tracker, rows, params):
 
 # -------------------- Starting --------------------------------------------------------------------
 def parse_args():
-    """Reads the flags; with --resume those of the run are the defaults, and few may differ.
-
-    Returns flags, and command and versions of each start of the run, this one last.
-    """
+    """Flags, those of the run being the defaults -> args, command and versions of all starts."""
     args = tyro.cli(Args)
-    versions = {name: importlib.metadata.version(name) for name in ("jax", "jumanji")}
+    versions = {name: version(name) for name in ("jax", "jumanji")}
     starts = [{"command": sys.argv, "versions": versions}]
     if "" in (args.run_dir, args.resume):
         refuse("--run-dir, --resume: must be the name of a folder, not empty")
@@ -688,8 +675,6 @@ def parse_args():
 
 def start_jax(args):
     """Sets JAX up before its first use, and fills in the number of devices."""
-    if jax.config.jax_disable_jit:
-        refuse("JAX_DISABLE_JIT: pmap has to be compiled; jax.debug.print shows what is inside")
     jax.config.update("jax_enable_x64", False)
     with refusing(Exception, "JAX does not start (--distributed, JAX_PLATFORMS): "):
         if args.distributed:  # JAX finds SLURM, Open MPI, Kubernetes and TPU pods by itself
@@ -725,13 +710,6 @@ def check_args(args):
     check("num_minibatches", divides, f"a divisor of {share} games, with 2 steps or more in each")
 
 
-def check_finite(values, where, *first):
-    """Ends the run with the name of a number that is not finite, one of `first` if there is one."""
-    for name in (*first, *values):
-        if not math.isfinite(values[name]):
-            refuse(f"{name} is {values[name]} in {where}", status=1)
-
-
 
 # -------------------- Training --------------------------------------------------------------------
 def train(args, env, starts):
@@ -753,12 +731,11 @@ def train(args, env, starts):
     if done >= num_iterations:
         return print(f"--total-timesteps {args.total_timesteps}: these are done, nothing to do")
     folder, lock, tracker = open_run(args, starts)  # writes, once all is read and checked
-    state, sums = state or init(*inputs), collections.Counter(sums)
+    state, sums = state or init(*inputs), Counter(sums)
     if processes == 1:  # with several the first iteration compiles
         iterate = iterate.lower(state).compile()
     first = partial(tree.map, lambda x: np.asarray(x)[0])  # of what the devices have, (D, ..)
     play_episodes = jax.jit(partial(evaluate, *parts))
-    play_episodes = play_episodes.lower(first(state.params), eval_key).compile()
     compile_seconds = time.time() - start
 
     for iteration in tqdm(range(done + 1, num_iterations + 1), disable=process > 0 or None):
@@ -767,18 +744,19 @@ def train(args, env, starts):
             state, metrics = iterate(state)
             metrics = tree.map(float, first(metrics))
             sums.update(metrics, iterations=1, seconds=time.time() - start)
-            check_finite(metrics, f"iteration {iteration}", "observation", "reward", "target")
+            for name in ("observation", "reward", "target", *metrics):  # the cause comes first
+                if not math.isfinite(metrics[name]):
+                    refuse(f"{name} is {metrics[name]} in iteration {iteration}", status=1)
         due = iteration * args.num_evals % num_iterations < args.num_evals  # evenly spaced
         if due:
             start = time.time()
             params = first(state.params)
-            results = play_episodes(params, random.fold_in(eval_key, iteration))
-            before = collections.Counter(*rows[-1:])
-            row = interval_row(args, iteration, sums, before) | tree.map(float, results)
-            check_finite(row, f"episodes of at most {MAX_EPISODE_STEPS} steps")
-            row["time/compile_s"] = compile_seconds
-            row["time/eval_s"] = before["time/eval_s"] + time.time() - start
-            rows.append(row)
+            results = tree.map(float, play_episodes(params, random.fold_in(eval_key, iteration)))
+            if not all(map(math.isfinite, results.values())):
+                refuse(f"not finite within {MAX_EPISODE_STEPS} steps an episode: {results}", 1)
+            sums["eval_seconds"] = time.time() - start
+            results["time/compile_s"] = compile_seconds
+            rows.append(results | interval_row(args, iteration, sums, rows))
             sums.clear()
             if process == 0:
                 line = log(folder, tracker, rows, params)

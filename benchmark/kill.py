@@ -68,7 +68,7 @@ def main() -> None:
             process.kill()
             process.communicate()
             counts["kills"] += 1
-            counts["of them with a file half written"] += any(folder.glob("*.new"))
+            counts["of them with a file half written"] += any(folder.glob("new_*"))
             process = start(options.script, ["--resume", folder], str(place / "cache"))
             if not wait_for_training(process, "global_step="):
                 counts["unusable checkpoints"] += 1

@@ -12,6 +12,7 @@ on games where they cost much, as on Connector, processes of their own are faste
 import collections
 import dataclasses
 import importlib
+import math
 import sys
 import time
 from functools import partial
@@ -98,12 +99,13 @@ def main():
             results = jax.tree.map(np.asarray, evaluate(params, keys))
             seconds = time.time() - start
             for i, seed in enumerate(options.seeds):
-                before = collections.Counter(rows[i][-1] if rows[i] else {})
-                row = script.interval_row(args, iteration, sums[i], before)
+                sums[i]["eval_seconds"] = seconds
+                row = script.interval_row(args, iteration, sums[i], rows[i])
                 row |= {name: float(x[i]) for name, x in results.items()}
-                script.check_finite(row, f"seed {seed}")
+                for name, x in row.items():
+                    if not math.isfinite(x):
+                        script.refuse(f"{name} is {x} with seed {seed}", status=1)
                 row["time/compile_s"] = compile_seconds
-                row["time/eval_s"] = before["time/eval_s"] + seconds
                 rows[i].append(row)
                 sums[i].clear()
                 own_params = jax.tree.map(lambda x: x[i], params)

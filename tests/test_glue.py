@@ -46,15 +46,15 @@ class Clock:
 
 
 def train_with_stand_ins(
-    script, folder, finite_until=1000, stop_after=None, endless=False, **flags
+    script, folder, finite_until=1000, stop_after=None, endless=False, faults=(), **flags
 ):
     """Runs `train` with functions that cost nothing in place of those it calls -> what it did:
     rows, what was tracked, arguments of evaluations, iterations, checkpoints, exit status.
 
     The "parameters" are the keys that the start got and the number of iterations so far. Iteration
-    i has a value loss of i * i, is finite if i <= finite_until, and ends i episodes with a return
-    of 10 i and a length of 20 i in total. The learner's return is the square of how far the
-    iterations are from 4. A signal comes during iteration `stop_after`. Files are real.
+    i has a value loss of i * i, is finite (with `faults`) if i <= finite_until, and ends i episodes
+    with a return of 10 i and a length of 20 i in total. The learner's return is the square of how
+    far the iterations are from 4. A signal comes during iteration `stop_after`. Files are real.
     """
     clock, names = Clock(), ("rows", "tracked", "evaluations", "trained", "saved", "released")
     loop = types.SimpleNamespace(status=None, **{name: [] for name in names})
@@ -77,7 +77,7 @@ def train_with_stand_ins(
         loss = jnp.where(i <= finite_until, number * number, jnp.nan)
         metrics = {"losses/value_loss": loss, "charts/learning_rate": 0.5 / number}
         metrics |= {"return": 10 * number, "length": 20 * number, "won": 0.0, "episodes": number}
-        metrics |= dict.fromkeys(("observation", "reward", "target"), loss)
+        metrics |= {x: loss if x in faults else 0.0 for x in ("observation", "reward", "target")}
         params = {"keys": state.params["keys"] | {"i": i[None]}}
         metrics = jax.tree.map(jnp.float32, metrics)
         return state._replace(params=params), metrics
@@ -214,14 +214,18 @@ def test_all_keys_come_from_the_seed(loop, tmp_path):
     assert not set(keys(again)) & set(keys(other))
 
 
+@pytest.mark.parametrize("faults, named", [
+    (["target", "reward", "observation"], "observation"), (["target", "reward"], "reward"),
+    (["target"], "target"), ([], "losses/value_loss")])
 @pytest.mark.parametrize("script", TRAIN)
-def test_a_loss_that_is_not_finite_ends_the_run(script, tmp_path, capsys):
-    """One line names the iteration, here the second interval's first, and the term; earlier rows
+def test_what_is_not_finite_ends_the_run(faults, named, script, tmp_path, capsys):
+    """One line names the iteration, here the second interval's first, and the cause; earlier rows
     and the checkpoint are kept, also if a signal comes at the same time."""
-    loop = train_with_stand_ins(script, tmp_path, finite_until=3, stop_after=4)
+    loop = train_with_stand_ins(
+        script, tmp_path, finite_until=3, stop_after=4, faults=faults)
     err = capsys.readouterr().err
     assert loop.status == 1 and len(err.splitlines()) == 1
-    assert "error: observation is nan in iteration 4" in err
+    assert f"error: {named} is nan in iteration 4" in err
     assert [row["global_step"] for row in loop.rows] == [0, 3 * STAND_IN_STEPS]
     assert loop.saved == [0, 3]
 
@@ -299,24 +303,23 @@ FILES = """metrics.jsonl keys.safetensors best_keys.safetensors learning_curve.p
 def test_full_disk(script, first, tmp_path, monkeypatch, capsys):
     """From some file on nothing can be written: one line names that file, status 1, and what is
     there is whole and can be resumed."""
-    write_bytes, state = pathlib.Path.write_bytes, {"writes": 0, "full": False}
+    replace, state = pathlib.Path.replace, {"writes": 0, "full": False}
 
-    def write_until_full(path, data):
-        if path.stem == pathlib.Path(first).stem:
-            state["writes"] += 1
-            state["full"] |= state["writes"] > 1  # the disk fills up after the first evaluation
+    def replace_until_full(new, path):
+        state["writes"] += path.name == first
+        state["full"] |= state["writes"] > 1  # the disk fills up after the first evaluation
         if state["full"]:
-            write_bytes(path, data[: len(data) // 2])
+            new.write_bytes(new.read_bytes()[:-1])
             raise OSError(errno.ENOSPC, "No space left on device")
-        write_bytes(path, data)
+        replace(new, path)
 
-    monkeypatch.setattr(pathlib.Path, "write_bytes", write_until_full)
+    monkeypatch.setattr(pathlib.Path, "replace", replace_until_full)
     flags = {"total_timesteps": 8 * STAND_IN_STEPS, "num_evals": 1}  # the second is as good
     loop = train_with_stand_ins(script, tmp_path, **flags)
     err = capsys.readouterr().err
     assert loop.status == 1 and len(err.splitlines()) == 1
     assert f"cannot write {tmp_path / first}: [Errno 28] No space left on device" in err
-    assert {path.name for path in tmp_path.iterdir() if path.suffix != ".new"} == set(FILES)
+    assert {path.name for path in tmp_path.iterdir() if path.name[:4] != "new_"} == set(FILES)
     monkeypatch.undo()
     resumed = train_with_stand_ins(script, tmp_path, **flags, resume=str(tmp_path))
     assert resumed.trained == list(range(1, 9)) and len(resumed.rows) == 2
