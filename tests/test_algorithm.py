@@ -59,15 +59,6 @@ def test_double_clip_limits(script):
     np.testing.assert_allclose(near_pi, np.clip(np.exp(pi - mu_old), 0.8, 1.2), rtol=1e-6)
 
 
-@pytest.mark.parametrize("script", scripts_with("ppo_loss"))
-def test_ppo_loss(script):
-    """The pessimistic one of two products, by hand: 2.4, -0.8, -1.5, 1.0."""
-    ratio, clipped = jnp.array([[1.5, 0.5], [1.5, 0.5]]), jnp.array([[1.2, 0.8], [1.2, 0.8]])
-    advantage = jnp.array([[2.0, -1.0], [-1.0, 2.0]])
-    expected = -(2.4 - 0.8 - 1.5 + 1.0) / 4
-    np.testing.assert_allclose(script.ppo_loss(ratio, clipped, advantage), expected, rtol=1e-6)
-
-
 # -------------------- Evaluation, on an environment that follows a script -------------------------
 @pytest.mark.parametrize("script", scripts_with("play"))
 def test_play_counts_each_episode_to_its_end(script, monkeypatch):

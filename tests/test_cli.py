@@ -211,9 +211,13 @@ def test_main_leaves_signals_alone(call, monkeypatch):
     thread.join()
     assert results == [0]
     monkeypatch.setattr(SCRIPT, "STOP", [0])  # what the program itself does at the first signal
-    signal.signal(signal.SIGUSR1, SCRIPT.note_signal)
-    signal.raise_signal(signal.SIGUSR1)
-    assert SCRIPT.STOP == [0, signal.SIGUSR1]
-    assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL  # the same again kills
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        signal.signal(number, SCRIPT.note_signal)
+    for number in (signal.SIGUSR1, signal.SIGTERM):  # one of another kind is noted as well
+        assert signal.getsignal(number) == SCRIPT.note_signal
+        signal.raise_signal(number)
+        assert signal.getsignal(number) == signal.SIG_DFL  # the same again kills
+    assert SCRIPT.STOP == [0, signal.SIGUSR1, signal.SIGTERM]
     signal.signal(signal.SIGUSR1, before[-1])
+    signal.signal(signal.SIGTERM, before[1])
     assert [signal.getsignal(number) for number in numbers] == before

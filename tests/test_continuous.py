@@ -200,6 +200,9 @@ class Odd(Environment):
         reward = (half + action).astype(jnp.float32)
         return state, transition(reward, self.observe(state), jnp.ones(2))
 
+    def global_state(self, state):
+        return jax.random.uniform(state.key, (3,)) * state.half
+
     def animate(self, states, speed):
         return [state.half.dtype for state in states], jax.random.key_impl(states[0].key), speed
 
@@ -259,6 +262,7 @@ def test_odd_state_can_be_saved():
         np.testing.assert_allclose(view, np.asarray(own_view) / 255, rtol=1e-6)
         mask, own_mask = (x.observation.action_mask for x in (timestep, own_timestep))
         np.testing.assert_array_equal(mask, own_mask)
+        np.testing.assert_array_equal(env.global_state(state), plain.global_state(own_state))
         state, timestep = step(state, action)
         own_state, own_timestep = plain_step(own_state, action)
         np.testing.assert_array_equal(timestep.reward, own_timestep.reward)

@@ -165,16 +165,6 @@ def many_draws(script, seed):
     return jax.tree.map(lambda x: jnp.repeat(x, 10_000, axis=0), obs._replace(action_mask=mask))
 
 
-@pytest.mark.parametrize("shape", [("mat", 2, 2, 4), ("sable", 2, 1, 1)], ids=str)
-@pytest.mark.parametrize("script", GUIDER_SCRIPTS)
-def test_guider_never_takes_an_illegal_action(script, shape):
-    """In 10,000 draws every legal action occurs and no other; log-probs are finite."""
-    _, _, act, params = build(script, *shape)
-    action, log_prob, _ = act(params, many_draws(script, 8), jax.random.PRNGKey(9))
-    assert [set(np.unique(action[:, agent])) for agent in range(2)] == [{0, 2}, {3}]
-    assert np.all(np.isfinite(log_prob)) and np.all(log_prob[:, 1] == 0)
-
-
 @pytest.mark.parametrize("script", LEARNER_SCRIPTS)
 def test_learner_never_takes_an_illegal_action(script):
     """In 10,000 draws every legal action occurs and no other; greedy: the likeliest legal one."""

@@ -1,6 +1,5 @@
 """Tests with games of one's own: nothing depends on their scales, and what cannot work is named."""
 
-import functools
 import math
 from typing import NamedTuple
 
@@ -19,28 +18,6 @@ import tasks
 pytestmark = pytest.mark.usefixtures("quick_compile")
 ROOT_3 = math.sqrt(3)
 SCRIPT = scripts_with("train_iteration")[0].values[0]
-
-
-# -------------------- A start of its own for every episode ----------------------------------------
-@pytest.mark.parametrize("script", scripts_with("start_afresh"))
-def test_every_episode_has_a_start_of_its_own(script):
-    """No start comes twice, whoever ends; games that go on are left alone; and a start is drawn for
-    each episode that ends, no more but for what is left over of the last B."""
-    env, size = ScriptedEnv(script), 4
-    draw = jax.vmap(env.reset)
-    state = draw(random.split(random.PRNGKey(0), size))
-    start_afresh = jax.jit(functools.partial(script.start_afresh, env))
-    rng, seen, pool, fills, ends = np.random.default_rng(0), set(), (state, size), 0, 0
-    for key in random.split(random.PRNGKey(1), 40):
-        last = rng.random(size) < rng.choice([0, 0.3, 1])
-        before, drawn = state.game["tag"], draw(random.split(key, size)).game["tag"]
-        state, pool = start_afresh(state, jnp.asarray(last), pool, key)
-        tags = set(np.asarray(state.game["tag"])[last].tolist())
-        assert len(tags) == last.sum() and not tags & seen
-        np.testing.assert_array_equal(state.game["tag"][~last], before[~last])
-        seen, ends = seen | tags, ends + last.sum()
-        fills += set(np.asarray(drawn).tolist()) == set(np.asarray(pool[0].game["tag"]).tolist())
-    assert len(seen) == ends and ends / size <= fills <= 2 * ends / size
 
 
 # -------------------- Rewards of any size ---------------------------------------------------------
@@ -152,11 +129,12 @@ class Observation(NamedTuple):
 
 
 class Game(Environment):
-    """Two agents with three actions; `change` makes something else of a step."""
+    """Two agents with three actions; `extras` are a reset's, `change` makes something else of a
+    step."""
 
     view_spec = specs.Array((2, 1), jnp.float32)
     action_spec = specs.MultiDiscreteArray(jnp.array([3, 3], jnp.int32))
-    mask = np.ones((2, 3), bool)
+    mask, extras = np.ones((2, 3), bool), {}
 
     def __init__(self, change=lambda state, timestep: (state, timestep), **parts):
         self.change, self.view = change, jnp.zeros((2, 1))
@@ -164,7 +142,7 @@ class Game(Environment):
 
     def reset(self, key):
         observation = Observation(self.view, jnp.asarray(self.mask))
-        return {"time": jnp.int32(0)}, restart(observation, extras={})
+        return {"time": jnp.int32(0)}, restart(observation, extras=self.extras)
 
     def step(self, state, action):
         observation = Observation(self.view, jnp.asarray(self.mask))
@@ -195,6 +173,9 @@ UNKNOWN = {  # parts of a game that is not understood, and what is said of it
     "mask of numbers": ({"mask": np.ones((2, 3))}, "not (2, 3) of float32"),
     "beyond its own": (
         {"action_spec": FOUR, "mask": np.ones((2, 4), bool)}, "False beyond an agent's own"),
+    "beyond its own, the second": (
+        {"action_spec": specs.MultiDiscreteArray(jnp.array([4, 3], jnp.int32)),
+         "mask": np.ones((2, 4), bool)}, "has [4, 3]"),
     "another shape in the spec": (
         {"view_spec": specs.BoundedArray((2, 5), jnp.float32, 0, 1)}, "(2, 5) in its spec"),
     "state": ({"change": lambda state, x: ({"time": 1.0}, x)}, "state.time is int32[] in a reset"),
@@ -206,6 +187,8 @@ UNKNOWN = {  # parts of a game that is not understood, and what is said of it
     "extras": (
         {"change": lambda state, x: (state, x.replace(extras={"won": jnp.bool_(1)}))},
         "extras.won is nothing in a reset, bool[] in a step"),
+    "extras of a reset": (
+        {"extras": {"won": jnp.bool_(0)}}, "extras.won is bool[] in a reset, nothing in a step"),
     "observation": (
         {"change": lambda state, x: (state, x.replace(
             observation=Observation(jnp.zeros((2, 2)), jnp.ones((2, 3), bool))))},

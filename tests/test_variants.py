@@ -3,12 +3,16 @@
 Their iterations are in test_reference.py.
 """
 
+from types import SimpleNamespace
+
+import distrax
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import (
     TINY,
+    ScriptedEnv,
     make_guider,
     random_like,
     random_obs,
@@ -33,6 +37,13 @@ def test_a_tether_has_bounds():
     for learner_kl, length in ((10, adaptive.SHORTEST), (0.02, 1.2), (0.01, 1.2243), (-10, 4)):
         found = adaptive.tether(args, jnp.log(1.2), learner_kl)
         np.testing.assert_allclose(found, np.log(length), rtol=1e-3)
+
+
+def test_a_tether_begins_with_its_longest():
+    network = SimpleNamespace(init=lambda *_: {"x": jnp.zeros(1)})
+    parts = adaptive.Args(delta=3, num_envs=1, num_devices=1), ScriptedEnv(adaptive)
+    state = adaptive.init_state(*parts, network, network, *jax.random.split(jax.random.PRNGKey(0)))
+    np.testing.assert_allclose(np.exp(state.log_delta), 3, rtol=1e-6)
 
 
 # -------------------- Exact backtracking ----------------------------------------------------------
@@ -96,6 +107,17 @@ def test_a_base_that_does_not_care_leaves_magpo():
     expected, expected_value = jax.jit(magpo_guider.apply)({"params": plain}, obs, action)
     np.testing.assert_allclose(found.probs, expected.probs, atol=1e-6)
     np.testing.assert_allclose(value, expected_value, atol=1e-6)
+
+
+def test_std_of_a_correction():
+    """It is the base's times exp(log_std), small or large, and so always above 0."""
+    base = distrax.Independent(distrax.Normal(jnp.ones((2, 3)), jnp.full(3, 0.5)), 1)
+    out = {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}
+    for log_std in (-9.0, 0.0, 2.0):
+        params = {"params": {"out": out, "log_std": jnp.full(3, log_std)}}
+        found = residual.Correction(3, True).apply(params, jnp.ones((2, 4)), base)
+        np.testing.assert_allclose(found.mode(), np.full((2, 3), 5))
+        np.testing.assert_allclose(found.stddev(), np.full((2, 3), 0.5 * np.exp(log_std)), 1e-6)
 
 
 # -------------------- A guider that knows the state -----------------------------------------------
