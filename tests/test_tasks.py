@@ -458,6 +458,16 @@ def test_smax_directions(smax):
     assert not np.array_equal(after.key, state.key)
 
 
+def test_smax_shots_have_the_key_of_the_step(smax):
+    """It decides how long a weapon cools down."""
+    _, state, act = smax
+    state = arranged(state, {0: 160, 5: 160}, DUEL)
+    shots = [act(state._replace(key=jax.random.PRNGKey(seed)), ALL_STOP.at[0].set(SHOOT_FIRST))[0]
+             for seed in (1, 2)]
+    first, second = (shot.game_state.state.unit_weapon_cooldowns[0] for shot in shots)
+    assert first != second
+
+
 # ---------------------------------------------------------------------------------------------- MPE
 @pytest.fixture(scope="module")
 def spread():
