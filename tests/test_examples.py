@@ -77,13 +77,6 @@ def test_enjoy_gives_the_figures_of_the_run(finished):
         assert np.mean(episode["return"]) == row[f"eval/{name}_return"]
 
 
-def test_use_learner(finished, call):
-    """One episode in which each agent decides alone."""
-    _, folder, _ = finished
-    status, out, _ = call(use_learner, folder)
-    assert status is None and re.fullmatch(r"100 steps, return \d+\.000\n", out)
-
-
 def test_use_learner_decides_as_the_script(finished):
     """The actions are the script's greedy ones, step after step, also after an episode's end."""
     script, folder, _ = finished

@@ -57,31 +57,38 @@ def damage(folder):
     (folder / "checkpoint_0.npz").write_bytes(data[:2000])
 
 
-def edit(folder):
-    """Makes the run one with a guider of another size, as an edited script would."""
-    about = (folder / "args.json").read_text()
-    (folder / "args.json").write_text(about.replace('"embed_dim": 8', '"embed_dim": 4'))
+def edit(old, new):
+    """Edits args.json."""
+
+    def change(folder):
+        about = (folder / "args.json").read_text()
+        (folder / "args.json").write_text(about.replace(old, new))
+
+    return change
 
 
-def forget_starts(folder):
-    about = json.loads((folder / "args.json").read_text())
-    del about["starts"]
-    (folder / "args.json").write_text(json.dumps(about))
+MAY_NOT_CHANGE = """--seed 2, --num-envs 8, --env-id RobotWarehouse-v0, --guider mat, --delta 2,
+    --learning-rate 2e-3, --anneal-lr, --num-devices 3, --exp-name other""".split(", ")
+KEEP = edit("", "")
 
 
 @pytest.mark.parametrize("change, flags, status, text", [
     (damage, LONGER, 2, "checkpoint_0.npz"),
-    (edit, LONGER, 2, "checkpoint_0.npz"),
-    (forget_starts, LONGER, 2, "an earlier version made it"),
-    (lambda folder: None, ("--total-timesteps", 32), 0, "nothing to do"),
-    (lambda folder: None, ("--gamma", 0.5), 2, "--gamma"),
+    (edit('"embed_dim": 8', '"embed_dim": 4'), LONGER, 2, "checkpoint_0.npz"),  # another guider
+    (edit("{", ""), LONGER, 2, "is no run of "),
+    (edit('"starts"', '"begun"'), LONGER, 2, "an earlier version made it"),
+    (edit('"script": "', '"script": "my_'), LONGER, 2, ".py or an earlier version made it"),
+    (edit('"seed"', '"no_such_flag": 1, "seed"'), LONGER, 2, "no_such_flag"),
+    (KEEP, ("--total-timesteps", 32), 0, "nothing to do"),
+    *[(KEEP, flags.split(), 2, f"{flags.split()[0]}: ") for flags in MAY_NOT_CHANGE],
 ])
 def test_a_call_that_is_refused_changes_nothing(change, flags, status, text, run, call):
-    """Nor does one with nothing to do: no byte of a file of the run is another afterwards."""
+    """It ends with one line. Nor does one with nothing to do: no byte of a file of the run is
+    another afterwards."""
     change(run)
     before = contents(run)
     found, out, err = call(SCRIPT, "--resume", run, *flags)
-    assert found == status and text in out + err
+    assert found == status and text in out + err and len(err.splitlines()) == (status == 2)
     assert contents(run) == before
 
 

@@ -11,15 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import (
-    TINY,
     ScriptedEnv,
     make_guider,
     random_like,
     random_obs,
     random_params,
-    read_rows,
-    run_folder,
-    run_program,
 )
 
 import magpo_ff
@@ -171,19 +167,3 @@ def test_environment_without_a_global_state(call):
     status, _, err = call(with_state, "--env-id", "examples.my_env:Meet-v0", "--dry-run")
     assert status == 2 and len(err.splitlines()) == 1
     assert "--env-id examples.my_env:Meet-v0: needs a method global_state" in err
-
-
-# -------------------- All of them -----------------------------------------------------------------
-@pytest.mark.slow  # saving is the same text as in the scripts
-@pytest.mark.parametrize("script", [adaptive, residual, with_state])
-def test_resumed_equals_uninterrupted(script, environ, tmp_path):
-    """Two iterations, a new process, and two more: the rows of four in one process."""
-    whole = ["--total-timesteps", "128", "--num-evals", "4"]
-    half = ["--total-timesteps", "64", "--num-evals", "2"]
-    for name, budget in (("whole", whole), ("half", half)):
-        flags_of_run = [*TINY, *budget, "--run-dir", tmp_path / name]
-        run_program(script.__file__, flags_of_run, environ)
-    folder = run_folder(tmp_path / "half")
-    run_program(script.__file__, ["--resume", folder, *whole], environ)
-    rows = [read_rows(run, clocks=False) for run in (folder, run_folder(tmp_path / "whole"))]
-    assert rows[0] == rows[1]
