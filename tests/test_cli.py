@@ -143,12 +143,12 @@ def test_alone(flags, environ, tmp_path):
         assert row["charts/num_episodes"] >= 2 and 0 < row["charts/episodic_length"] <= 500
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variables, flags, text", [
     ({"JAX_PLATFORMS": "cuda"}, "", "JAX_PLATFORMS"),
-    *slow([
-        pytest.param({}, "--num-envs 3 --num-devices 2", "--num-envs 3: "),
-        pytest.param({"WANDB_MODE": "online", "WANDB_API_KEY": ""}, "--track", "--track"),
-    ])])
+    ({}, "--num-envs 3 --num-devices 2", "--num-envs 3: "),
+    ({"WANDB_MODE": "online", "WANDB_API_KEY": ""}, "--track", "--track"),
+])
 def test_surroundings_that_do_not_work(variables, flags, text, environ, tmp_path):
     """No GPU, too few devices, no login: one line, status 2, no run."""
     done = run_program(SCRIPT.__file__, flags.split(), environ | variables, succeeds=False)
@@ -158,6 +158,10 @@ def test_surroundings_that_do_not_work(variables, flags, text, environ, tmp_path
 
 def test_surroundings_that_do_not_work_here(call, monkeypatch, capsys, tmp_path):
     """The same in this process, with stand-ins for what JAX and Weights & Biases say."""
+    monkeypatch.setattr(jax, "device_count", lambda: jax.devices("no such backend"))
+    status, _, err = call(SCRIPT, "--dry-run")
+    assert (status, len(err.splitlines())) == (2, 1) and "JAX_PLATFORMS): " in err
+
     def refuse(**settings):
         assert settings["id"] == settings["name"][-64:]  # the seed and the second are in it
         raise wandb.Error("no API key")
