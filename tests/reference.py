@@ -381,7 +381,7 @@ def follow(scale, targets, iteration):
     """D19: the mean follows the targets by a tenth, and at first faster; the size is the std that a
     Gaussian with the targets' fourth moment has."""
     mean, size = scale
-    share = max(0.1, 1 / (iteration + 1)) if size > 0 else 1.0
+    share = max(0.1, 1 / (iteration + 1))
     mean = (1 - share) * mean + share * np.mean(targets)
     fourth = np.mean((np.array(targets) - mean) ** 4) / 3
     return np.array([mean, ((1 - share) * size**4 + share * fourth) ** 0.25])

@@ -565,15 +565,3 @@ def test_commands_have_the_tuned_hyperparameters_that_their_file_promises(name):
 
 def test_tasks_md_is_what_tasks_table_py_writes():
     assert (BENCHMARK / "tasks.md").read_text() == tasks_table.write_table()
-
-
-def test_measured_is_the_mean_of_the_last_evaluations_of_the_longest_runs():
-    """Seed 3 has a smaller budget; SMAX has its win rate, too, Connector's is what counts."""
-    rows = [evaluation("magpo", 1, 10 * i, i) for i in range(1, 6)]
-    rows += [evaluation("magpo", 2, 10 * i, 1 + i) for i in range(1, 6)]
-    rows += [evaluation("magpo", 3, 10, 99)]
-    table = pd.DataFrame(rows).assign(env_id="SMAX", scenario="2s3z", win_rate=0.25)
-    assert tasks_table.measured(table, "SMAX", "2s3z") == "4.50, 25% won (0.0M, 2 seeds)"
-    table["env_id"] = "Connector-v3"
-    assert tasks_table.measured(table, "Connector-v3", "2s3z") == "0.25 (0.0M, 2 seeds)"
-    assert tasks_table.measured(table, "SMAX", "2s3z") == "not run"

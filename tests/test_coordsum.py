@@ -99,7 +99,8 @@ def test_terminates_at_the_time_limit_only(time_limit):
 
 
 def test_targets_are_uniform():
-    """Those drawn by reset, by the first step, and all; none depends on the one before."""
+    """Those drawn by reset, by the first step, and all; none depends on the one before, and the
+    key for those to come is not one that was used."""
     env = CoordSum()
 
     @jax.jit
@@ -117,6 +118,8 @@ def test_targets_are_uniform():
     targets = np.asarray(episode(jax.random.split(jax.random.key(1), 600)))  # (600, 20)
     for part in (targets[:, 0], targets[:, 1], targets):
         assert chi2(part, 30) < 60  # 29 degrees of freedom
+    state, key = env.reset(jax.random.PRNGKey(0))[0].key, jax.random.PRNGKey(0)
+    assert not any(np.array_equal(state, used) for used in (key, jax.random.split(key)[1]))
     thirds = targets // 10
     assert chi2(3 * thirds[:, :-1] + thirds[:, 1:], 9) < 30  # 8 degrees of freedom
 

@@ -72,14 +72,6 @@ def test_links_lead_somewhere(page):
     assert missing_links(page) == []
 
 
-def test_a_broken_link_is_found(tmp_path):
-    """Of a file that is missing and of an anchor; code blocks do not count."""
-    page = tmp_path / "page.md"
-    links = "[a](page.md#one-two) [b](none.md) [c](#three) [d](#one-two-1) [e](https://x.y/z)"
-    page.write_text(f"# One `two`\n## One two\n{links}\n```\n[f](none.md)\n```\n")
-    assert missing_links(page) == ["none.md", "#three"]
-
-
 @for_each_page
 def test_tables_have_as_many_cells_in_each_row(page):
     """As many as the first row, of which the second row shows the alignment."""

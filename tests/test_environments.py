@@ -178,13 +178,10 @@ for kind in (Lanes, WonLanes, OneAction, OneMask, OneForce, Broken):
         jumanji.register(id=f"{kind.__name__}-v0", entry_point=f"{__name__}:{kind.__name__}")
 
 
-@pytest.mark.parametrize("alone", [True, False], ids=["alone", "with tasks.py"])
 @pytest.mark.parametrize("name", ["Lanes", "WonLanes"])
-def test_other_environment(name, alone, monkeypatch):
+def test_other_environment(name):
     """A registered environment is played as it is: flat views, which are not scaled, and summed
-    rewards. It needs no tasks.py."""
-    if alone:
-        monkeypatch.setitem(sys.modules, "tasks", None)
+    rewards."""
     env = script.make_env(f"{name}-v0", "")
     assert env.has_win_rate == (name == "WonLanes")
     state = env.reset(jax.random.PRNGKey(0))
@@ -201,15 +198,11 @@ def test_other_environment(name, alone, monkeypatch):
 
 # ------------------------------------------------------------------------- modules of environments
 def test_example():
-    """The example's module registers it, and it has a win rate; the module may be named again."""
+    """The example's module registers it; the module may be named again. The team earns 1 where all
+    stand in one place, and has won if they do so at the end."""
     for _ in range(2):
         env = script.make_env("examples.my_env:Meet-v0", "")
     assert (env.num_agents, env.num_actions, env.has_win_rate) == (3, 3, True)
-
-
-def test_example_is_won_together():
-    """The team earns 1 where all stand in one place, and has won if they do so at the end."""
-    env = script.make_env("examples.my_env:Meet-v0", "")
     state, step = env.reset(jax.random.PRNGKey(0)), jax.jit(env.step)
     rewards, wins = [], []
     for place in ([2, 3, 3], [0, 6, 6]):
@@ -275,7 +268,7 @@ MODULE = "examples.my_env"
     ("a..b:C-v0", "", "--env-id a..b:C-v0: unknown"),
     ("Lanes-v0", "tiny-2ag", "--scenario tiny-2ag: Lanes-v0 takes none"),
     ("MPE_simple_spread_v3", "3ag", "--scenario 3ag: does not follow the rule simple_spread_Nag"),
-    ("Nope-v0", "", "--env-id Nope-v0: unknown"),
+    ("Nope-v0", "x", f"--env-id Nope-v0: unknown, try {', '.join(tasks.SUITES)} or the id of"),
     ("Cleaner-v0", "", "--env-id Cleaner-v0: its observation has no agents_view"),
     ("OneAction-v0", "", "--env-id OneAction-v0: needs one discrete action per agent"),
     ("OneMask-v0", "", "--env-id OneMask-v0: needs agents_view (N, ...) and action_mask (N, A)"),
@@ -303,10 +296,6 @@ def test_missing_file(env_id, scenario, module, monkeypatch, refusal):
 
 
 # ----------------------------------------------------------------------------------------- training
-TRAINING = scripts_with(
-    "init_state", "train_iteration", "evaluate", "make_networks", replaced=["minibatch_loss"])
-
-
 def calls(jaxpr, inside=()):
     """Yields the name of each jitted call in a jaxpr, and the loops and branches around it."""
     for equation in jaxpr.eqns:
@@ -318,49 +307,21 @@ def calls(jaxpr, inside=()):
             yield from calls(sub, around)
 
 
-def marked_env(script):
-    """An environment, whose reset and step show up by name in a jaxpr."""
-    env = script.make_env("Lanes-v0", "")
-    reset, step = env.env.reset, env.env.step
-
-    def marked_reset(key):
-        return reset(key)
-
-    def marked_step(state, action):
-        return step(state, action)
-
-    env.env.reset, env.env.step = jax.jit(marked_reset), jax.jit(marked_step)
-    return env
-
-
-def where(program, *inputs):
-    """Around each reset and each step of a program: its loops and branches; the program's result
-    as shapes."""
-    jaxpr, result = jax.make_jaxpr(program, return_shape=True)(*inputs)
-    found = list(calls(jaxpr.jaxpr))
-    resets, steps = (
-        [inside for name, inside in found if name == f"marked_{x}"] for x in ("reset", "step"))
-    return resets, steps, result
-
-
-@pytest.mark.parametrize("script", TRAINING)
+@pytest.mark.parametrize("script", scripts_with(
+    "init_state", "train_iteration", "evaluate", "make_networks", replaced=["minibatch_loss"]))
 def test_other_environment_trains(script):
     """An iteration on a registered environment keeps the state's shapes. It resets only where the
-    starts have run out: elsewhere inside the rollout a reset would run at every step."""
-    env = marked_env(script)
+    starts have run out: elsewhere inside the rollout a reset would run at every step. Evaluation
+    resets once for each network, in front of its loop, and plays without auto-reset."""
+    env = script.make_env("Lanes-v0", "")
+    env.env.reset, env.env.step = jax.jit(env.env.reset), jax.jit(env.env.step)  # named in a jaxpr
     parts = make_parts(script, env, num_steps=5, num_minibatches=2, update_epochs=1)
     state = jax.eval_shape(lambda: first_state(script, parts))
-    resets, steps, (after, _) = where(on_one_device(script.train_iteration, *parts), state)
+    iterate, evaluate = (
+        functools.partial(f, *parts) for f in (script.train_iteration, script.evaluate))
+    program, (after, _) = jax.make_jaxpr(on_one_device(iterate), return_shape=True)(state)
+    played = jax.make_jaxpr(evaluate)(state.params, state.key)
+    found = [[x for x in calls(y.jaxpr) if x[0] in ("reset", "step")] for y in (program, played)]
     assert after == state
-    assert resets == [("scan", "cond")] and steps == [("scan",)]
-
-
-@pytest.mark.parametrize("script", TRAINING)
-def test_no_reset_inside_evaluation(script):
-    """Evaluation resets once for each network, in front of its loop, and plays without
-    auto-reset."""
-    parts = make_parts(script, marked_env(script))
-    state = jax.eval_shape(lambda: first_state(script, parts))
-    evaluate = functools.partial(script.evaluate, *parts)
-    resets, steps, _ = where(evaluate, state.params, state.key)
-    assert resets == [(), ()] and steps == [("while",), ("while",)]
+    assert sorted(found[0]) == [("reset", ("scan", "cond")), ("step", ("scan",))]
+    assert sorted(found[1]) == 2 * [("reset", ())] + 2 * [("step", ("while",))]

@@ -77,13 +77,6 @@ def test_enjoy_gives_the_figures_of_the_run(finished):
         assert np.mean(episode["return"]) == row[f"eval/{name}_return"]
 
 
-def test_use_learner(finished, call):
-    """One episode in which each agent decides alone."""
-    _, folder, _ = finished
-    status, out, _ = call(use_learner, folder)
-    assert status is None and re.fullmatch(r"100 steps, return \d+\.000\n", out)
-
-
 def test_use_learner_decides_as_the_script(finished):
     """The actions are the script's greedy ones, step after step, also after an episode's end."""
     script, folder, _ = finished
@@ -117,10 +110,25 @@ def test_use_learner_decides_as_the_script(finished):
 
 @pytest.mark.parametrize("example", [enjoy, use_learner])
 def test_no_run(example, call, tmp_path):
-    """A folder that is no run ends in one line that names it, status 2."""
-    status, out, err = call(example, tmp_path)
-    assert (status, out, len(err.splitlines())) == (2, "", 1)
-    assert str(tmp_path) in err
+    """A folder that is no run, or one of an earlier version, ends in one line that names it, status
+    2."""
+    for text in ("No such file", "an earlier version made it"):
+        status, out, err = call(example, tmp_path)
+        assert (status, out, len(err.splitlines())) == (2, "", 1)
+        assert str(tmp_path) in err and text in err
+        (tmp_path / "args.json").write_text('{"script": "magpo_ff.py", "args": {}}')
+
+
+def test_a_copy_beside_the_run_comes_first(monkeypatch, tmp_path):
+    """It made the run, and not the repository's script of the same name."""
+    folder = tmp_path / "runs" / "one"
+    folder.mkdir(parents=True)
+    (folder / "args.json").write_text('{"script": "magpo_ff.py", "args": {}, "starts": []}')
+    (tmp_path / "magpo_ff.py").write_text("Args = dict\n")
+    monkeypatch.delitem(sys.modules, "magpo_ff", raising=False)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    script, _ = use_learner.load_script(folder)
+    assert script.__file__ == str(tmp_path / "magpo_ff.py")
 
 
 OWN_ENV = """
@@ -139,13 +147,18 @@ jumanji.register(id="Blind-v0", entry_point="blind:Blind")
 
 
 def test_enjoy_own_environment(call, tmp_path, monkeypatch):
-    """The example's environment is drawn; one that cannot be says what it needs, in one line."""
+    """The example's environment is drawn, after figures of all episodes; one that cannot be says
+    what it needs, in one line."""
     script = SCRIPTS[0].values[0]
     gif = tmp_path / "team.gif"
-    flags = ["--episodes", 2, "--gif", gif, "--max-frames", 3]
+    flags = ["--episodes", 4, "--gif", gif, "--max-frames", 3]
     make_run(script, "examples.my_env:Meet-v0", "", tmp_path, **SIZES)
+    played = {"return": [1.0, 2, 3, 6], "length": [10.0] * 4, "won": [1.0, 0, 0, 0]}
+    monkeypatch.setattr(script, "play", lambda *_: {x: jnp.array(y) for x, y in played.items()})
     status, out, _ = call(enjoy, tmp_path, *flags)
-    assert status is None and "win rate: " in out
+    assert status is None
+    assert [line.partition(" (")[0] for line in out.splitlines()[:3]] == [  # 1.96 std / sqrt(4)
+        "mean return: 3.000 +- 2.117", "mean length: 10.000 +- 0.000", "win rate: 0.250 +- 0.490"]
     with Image.open(gif) as picture:
         assert picture.n_frames == 3
     for name in ("team", "nowhere/team.gif"):

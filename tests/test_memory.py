@@ -199,23 +199,6 @@ def test_causality_in_time_and_agents(script, kind):
 
 
 @for_each_script
-def test_learner_is_decentralized_over_time(script):
-    """The Jacobian of agent i's logits is 0 for what agent j saw, and for what i saw later or in an
-    earlier episode."""
-    *_, obs, action, timestep, hidden = make_problem(script, "mat")
-    everything, timestep = compiled(script, "mat"), timestep[1]
-
-    def logits(view):
-        views, steps = jnp.stack([view] * NUM_SEQUENCES), jnp.stack([timestep] * NUM_SEQUENCES)
-        return everything(views, action, steps, hidden)[2][1]
-
-    jacobian = np.asarray(jax.jit(jax.jacrev(logits))(obs.agents_view[1]))  # (T, N, A, T, N, O)
-    depends = np.any(jacobian != 0, axis=(2, 5))  # (T, N, T, N)
-    for t, i, s, j in np.ndindex(depends.shape):
-        assert depends[t, i, s, j] == (i == j and s <= t and timestep[t] >= t - s)
-
-
-@for_each_script
 def test_learner_by_hand(script):
     """An MLP, flax's GRU cell with a state that is 0 at the start of an episode, an MLP, in a plain
     loop."""

@@ -49,9 +49,7 @@ def masked_log_softmax(logits, mask):
 
 
 SHAPES = [  # kind, agents, blocks, heads, continuous
-    ("mat", 8, 1, 2, False), ("sable", 8, 1, 2, False), ("mat", 1, 1, 1, False),
-    ("mat", 8, 1, 2, True), ("sable", 3, 2, 1, True),
-]
+    ("mat", 8, 1, 2, False), ("mat", 1, 1, 1, False), ("sable", 5, 1, 2, True)]
 FIVE_AGENTS = [("mat", 5, 2, 4), ("sable", 5, 2, 1)]
 
 
@@ -124,9 +122,10 @@ def test_fixed_point_ends_on_nan(script):
 
 @pytest.mark.parametrize("shape", FIVE_AGENTS, ids=str)
 @pytest.mark.parametrize("script", GUIDER_SCRIPTS)
-def test_policies_depend_on_earlier_actions_alone(script, shape):
+def test_what_each_agent_depends_on(script, shape):
     """Another action of agent j leaves the policies of agents <= j as they are, to the bit, and
-    changes all later."""
+    changes all later. The guider is centralized: another observation of agent j changes the values
+    of all agents."""
     _, apply, _, params = build(script, *shape)
     obs = random_obs(script, 5, 16, 5, NUM_ACTIONS)
     obs = obs._replace(action_mask=jnp.ones_like(obs.action_mask))
@@ -141,53 +140,22 @@ def test_policies_depend_on_earlier_actions_alone(script, shape):
         if agent < 4:
             difference = np.abs(changed.logits - policy.logits)[:, agent + 1 :]
             assert np.all(difference.max(axis=(0, 2)) > 1e-4)
-
-
-@pytest.mark.parametrize("shape", FIVE_AGENTS, ids=str)
-@pytest.mark.parametrize("script", GUIDER_SCRIPTS)
-def test_every_value_depends_on_every_observation(script, shape):
-    """The guider is centralized: another observation of agent j changes the values of all
-    agents."""
-    _, apply, _, params = build(script, *shape)
-    obs = random_obs(script, 7, 16, 5, NUM_ACTIONS)
-    action = jnp.zeros((16, 5), jnp.int32)
-    _, value = apply(params, obs, action)
-    for agent in range(5):
         other = obs._replace(agents_view=obs.agents_view.at[:, agent].multiply(-1.0))
-        _, changed = apply(params, other, action)
-        assert np.all(np.abs(changed - value).max(axis=0) > 1e-4)
-
-
-def many_draws(script, seed):
-    """10,000 times the same observation of two agents, with two legal actions and with one."""
-    obs = random_obs(script, seed, 1, 2, NUM_ACTIONS)
-    mask = jnp.array([[[True, False, True, False], [False, False, False, True]]])
-    return jax.tree.map(lambda x: jnp.repeat(x, 10_000, axis=0), obs._replace(action_mask=mask))
-
-
-@pytest.mark.parametrize("shape", [("mat", 2, 2, 4), ("sable", 2, 1, 1)], ids=str)
-@pytest.mark.parametrize("script", GUIDER_SCRIPTS)
-def test_guider_never_takes_an_illegal_action(script, shape):
-    """In 10,000 draws every legal action occurs and no other; log-probs are finite."""
-    _, _, act, params = build(script, *shape)
-    action, log_prob, _ = act(params, many_draws(script, 8), jax.random.PRNGKey(9))
-    assert [set(np.unique(action[:, agent])) for agent in range(2)] == [{0, 2}, {3}]
-    assert np.all(np.isfinite(log_prob)) and np.all(log_prob[:, 1] == 0)
+        _, changed_value = apply(params, other, action)
+        assert np.all(np.abs(changed_value - value).max(axis=0) > 1e-4)
 
 
 @pytest.mark.parametrize("script", LEARNER_SCRIPTS)
-def test_learner_never_takes_an_illegal_action(script):
-    """In 10,000 draws every legal action occurs and no other; greedy: the likeliest legal one."""
+def test_learner_takes_legal_actions(script):
+    """Greedy ones are the likeliest; log-probs are those of the policy, and finite."""
     apply, act, params = make_learner(script)
-    action, log_prob = act(params, many_draws(script, 10), jax.random.PRNGKey(11))
-    assert [set(np.unique(action[:, agent])) for agent in range(2)] == [{0, 2}, {3}]
-    assert np.all(np.isfinite(log_prob)) and np.all(log_prob[:, 1] == 0)
-
-    obs = random_obs(script, 12, 64, 2, NUM_ACTIONS)
-    greedy, log_prob = act(params, obs, jax.random.PRNGKey(13), greedy=True)
+    obs = random_obs(script, 12, 256, 2, NUM_ACTIONS)
     log_probs = masked_log_softmax(apply(params, obs).logits, obs.action_mask)
-    np.testing.assert_array_equal(greedy, log_probs.argmax(-1))
-    np.testing.assert_allclose(log_prob, log_probs.max(-1), rtol=1e-8)
+    for greedy in (False, True):
+        action, log_prob = act(params, obs, jax.random.PRNGKey(13), greedy=greedy)
+        expected = np.take_along_axis(log_probs, np.asarray(action)[..., None], axis=-1)[..., 0]
+        np.testing.assert_allclose(log_prob, expected, rtol=1e-8, atol=1e-12)
+        assert np.all(np.isfinite(expected)) and np.all(expected == log_probs.max(-1)) == greedy
 
 
 @pytest.mark.parametrize("script", scripts_with("Policy"))

@@ -1,6 +1,5 @@
 """Tests with games of one's own: nothing depends on their scales, and what cannot work is named."""
 
-import functools
 import math
 from typing import NamedTuple
 
@@ -21,58 +20,39 @@ ROOT_3 = math.sqrt(3)
 SCRIPT = scripts_with("train_iteration")[0].values[0]
 
 
-# -------------------- A start of its own for every episode ----------------------------------------
-@pytest.mark.parametrize("script", scripts_with("start_afresh"))
-def test_every_episode_has_a_start_of_its_own(script):
-    """No start comes twice, whoever ends; games that go on are left alone; and a start is drawn for
-    each episode that ends, no more but for what is left over of the last B."""
-    env, size = ScriptedEnv(script), 4
-    draw = jax.vmap(env.reset)
-    state = draw(random.split(random.PRNGKey(0), size))
-    start_afresh = jax.jit(functools.partial(script.start_afresh, env))
-    rng, seen, pool, fills, ends = np.random.default_rng(0), set(), (state, size), 0, 0
-    for key in random.split(random.PRNGKey(1), 40):
-        last = rng.random(size) < rng.choice([0, 0.3, 1])
-        before, drawn = state.game["tag"], draw(random.split(key, size)).game["tag"]
-        state, pool = start_afresh(state, jnp.asarray(last), pool, key)
-        tags = set(np.asarray(state.game["tag"])[last].tolist())
-        assert len(tags) == last.sum() and not tags & seen
-        np.testing.assert_array_equal(state.game["tag"][~last], before[~last])
-        seen, ends = seen | tags, ends + last.sum()
-        fills += set(np.asarray(drawn).tolist()) == set(np.asarray(pool[0].game["tag"]).tolist())
-    assert len(seen) == ends and ends / size <= fills <= 2 * ends / size
-
-
 # -------------------- Rewards of any size ---------------------------------------------------------
 class Paid(ScriptedEnv):
-    """ScriptedEnv with rewards that depend on the actions, times a factor, plus an offset."""
+    """ScriptedEnv with rewards that depend on the actions, times a factor, plus an offset; `shift`
+    is added to what agents see in a step."""
 
-    def __init__(self, script, factor, offset):
+    def __init__(self, script, factor, offset, shift):
         super().__init__(script)
-        self.factor, self.offset = factor, offset
+        self.factor, self.offset, self.shift = factor, offset, shift
 
     def step(self, state, action):
         state, reward, discount, last = super().step(state, action)
+        view = state.obs.agents_view + self.shift
+        state = state._replace(obs=state.obs._replace(agents_view=view))
         return state, self.offset + self.factor * reward * (1 + action), discount, last
 
 
 @pytest.fixture(scope="module")
 def train():
-    """train(factor, offset) -> the state after three iterations, the metrics of each."""
+    """train(factor, offset, shift) -> the state after three iterations, the metrics of each."""
 
-    def parts(factor, offset):
-        return make_parts(SCRIPT, Paid(SCRIPT, factor, offset), guider="mat")
+    def parts(*numbers):
+        return make_parts(SCRIPT, Paid(SCRIPT, *numbers), guider="mat")
 
-    @jax.jit  # one program for all factors
-    def iterate(factor, offset, state):
-        return on_one_device(SCRIPT.train_iteration, *parts(factor, offset))(state)
+    @jax.jit  # one program for all numbers
+    def iterate(numbers, state):
+        return on_one_device(SCRIPT.train_iteration, *parts(*numbers))(state)
 
-    start = first_state(SCRIPT, parts(1.0, 0.0))
+    start = first_state(SCRIPT, parts(1.0, 0.0, 0.0))
 
-    def run(factor, offset):
+    def run(factor, offset, shift=0.0):
         state, rows = start, []
         for _ in range(3):
-            state, metrics = iterate(factor, offset, state)
+            state, metrics = iterate((factor, offset, shift), state)
             rows.append(tree.map(float, metrics))
         return state, rows
 
@@ -103,43 +83,12 @@ def test_rewards_that_are_always_the_same(reward, train):
         assert all(row["losses/explained_variance"] == 1 for row in rows)
 
 
-# -------------------- What is not finite is named -------------------------------------------------
-class Broken(ScriptedEnv):
-    """ScriptedEnv with something in its step that is not finite."""
-
-    def __init__(self, script, faults, number):
-        super().__init__(script)
-        self.faults, self.number = faults, number
-
-    def step(self, state, action):
-        state, reward, discount, last = super().step(state, action)
-        view = jnp.where(self.faults["observation"], self.number, state.obs.agents_view)
-        state = state._replace(obs=state.obs._replace(agents_view=view))
-        return state, jnp.where(self.faults["reward"], self.number, reward), discount, last
-
-
-@pytest.fixture(scope="module")
-def metrics_of():
-    """metrics_of(fault, number) -> those of one iteration."""
-
-    @jax.jit  # one program for all
-    def iterate(faults, number):
-        parts = make_parts(SCRIPT, Broken(SCRIPT, faults, number), guider="mat")
-        start = SCRIPT.init_state(*parts, *random.split(random.PRNGKey(0)))
-        return on_one_device(SCRIPT.train_iteration, *parts)(start)[1]
-
-    def run(fault, number):
-        faults = {name: name == fault for name in ("observation", "reward")}
-        return tree.map(float, iterate(faults, number))
-
-    return run
-
-
 @pytest.mark.parametrize("number", [math.nan, math.inf])
 @pytest.mark.parametrize("fault", ["observation", "reward"])
-def test_the_first_fault_is_seen(fault, number, metrics_of):
+def test_the_first_fault_is_seen(fault, number, train):
     """Of observation, reward and target the first that is not finite is where the fault is."""
-    metrics = metrics_of(fault, number)
+    numbers = (0.0, number) if fault == "observation" else (number, 0.0)
+    _, (metrics, *_) = train(1.0, *numbers)
     assert not math.isfinite(metrics["losses/value_loss"])
     seen = [x for x in ("observation", "reward", "target") if not math.isfinite(metrics[x])]
     assert seen[0] == fault
@@ -152,11 +101,12 @@ class Observation(NamedTuple):
 
 
 class Game(Environment):
-    """Two agents with three actions; `change` makes something else of a step."""
+    """Two agents with three actions; `extras` are a reset's, `change` makes something else of a
+    step."""
 
     view_spec = specs.Array((2, 1), jnp.float32)
     action_spec = specs.MultiDiscreteArray(jnp.array([3, 3], jnp.int32))
-    mask = np.ones((2, 3), bool)
+    mask, extras = np.ones((2, 3), bool), {}
 
     def __init__(self, change=lambda state, timestep: (state, timestep), **parts):
         self.change, self.view = change, jnp.zeros((2, 1))
@@ -164,7 +114,7 @@ class Game(Environment):
 
     def reset(self, key):
         observation = Observation(self.view, jnp.asarray(self.mask))
-        return {"time": jnp.int32(0)}, restart(observation, extras={})
+        return {"time": jnp.int32(0)}, restart(observation, extras=self.extras)
 
     def step(self, state, action):
         observation = Observation(self.view, jnp.asarray(self.mask))
@@ -190,11 +140,17 @@ UNKNOWN = {  # parts of a game that is not understood, and what is said of it
     "two actions each": (
         {"action_spec": specs.MultiDiscreteArray(jnp.full((2, 2), 3, jnp.int32))},
         "one discrete action per agent"),
+    "no finite bounds": (
+        {"action_spec": specs.BoundedArray((2, 3), jnp.float32, -math.inf, math.inf)},
+        "finite bounds"),
     "more columns": ({"mask": np.ones((2, 4), bool)}, "(2, 3) of bool, as its action_spec has"),
     "fewer columns": ({"mask": np.ones((2, 2), bool)}, "not (2, 2) of bool"),
     "mask of numbers": ({"mask": np.ones((2, 3))}, "not (2, 3) of float32"),
     "beyond its own": (
         {"action_spec": FOUR, "mask": np.ones((2, 4), bool)}, "False beyond an agent's own"),
+    "beyond its own, the second": (
+        {"action_spec": specs.MultiDiscreteArray(jnp.array([4, 3], jnp.int32)),
+         "mask": np.ones((2, 4), bool)}, "has [4, 3]"),
     "another shape in the spec": (
         {"view_spec": specs.BoundedArray((2, 5), jnp.float32, 0, 1)}, "(2, 5) in its spec"),
     "state": ({"change": lambda state, x: ({"time": 1.0}, x)}, "state.time is int32[] in a reset"),
@@ -206,6 +162,8 @@ UNKNOWN = {  # parts of a game that is not understood, and what is said of it
     "extras": (
         {"change": lambda state, x: (state, x.replace(extras={"won": jnp.bool_(1)}))},
         "extras.won is nothing in a reset, bool[] in a step"),
+    "extras of a reset": (
+        {"extras": {"won": jnp.bool_(0)}}, "extras.won is bool[] in a reset, nothing in a step"),
     "observation": (
         {"change": lambda state, x: (state, x.replace(
             observation=Observation(jnp.zeros((2, 2)), jnp.ones((2, 3), bool))))},

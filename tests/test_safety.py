@@ -1,57 +1,55 @@
 """Tests that nothing spoils a run: names, locks, and calls that are refused."""
 
+import functools
+import inspect
 import json
-import pathlib
-import shutil
-import subprocess
+import re
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
+import jax
+import numpy as np
 import pytest
-from conftest import TINY, run_folder, run_program, scripts_with
+from conftest import TINY, scripts_with
 from filelock import FileLock
 
-ROOT = pathlib.Path(__file__).parent.parent
+import ctds_ff
+
 SCRIPT = scripts_with("open_run", "parse_args", "train")[0].values[0]  # the same text in all
-SHORT = [*TINY, "--total-timesteps", "32", "--num-evals", "1"]
+SHORT = [*TINY, "--total-timesteps", "32", "--num-evals", "1", "--num-devices", "1"]
 LONGER = ("--total-timesteps", 320)
 
 
-@pytest.fixture(scope="module")
-def finished(environ, tmp_path_factory):
-    """The folder of a run; what a test makes of its files is made of a copy."""
-    folder = tmp_path_factory.mktemp("finished")
-    run_program(SCRIPT.__file__, [*SHORT, "--run-dir", folder], environ)
-    return run_folder(folder)
-
-
 @pytest.fixture
-def run(finished, tmp_path):
-    return pathlib.Path(shutil.copytree(finished, tmp_path / "runs" / finished.name))
+def run(monkeypatch, tmp_path):
+    """The folder of a run of one iteration, with zeros in its checkpoint: nothing is trained."""
+    monkeypatch.setattr(sys, "argv", [SCRIPT.SCRIPT, *SHORT, "--run-dir", str(tmp_path / "runs")])
+    args, starts = SCRIPT.parse_args()
+    folder, lock, _ = SCRIPT.open_run(args, starts)
+    lock.release()
+    env = SCRIPT.make_env(args.env_id, args.scenario)
+    init = functools.partial(SCRIPT.init_state, args, env, *SCRIPT.make_networks(args, env))
+    key, keys = jax.random.PRNGKey(0), jax.random.split(jax.random.PRNGKey(0), 1)
+    like = jax.eval_shape(jax.pmap(init, in_axes=(None, 0)), key, keys)
+    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like)
+    SCRIPT.save_checkpoint(folder / "checkpoint_0.npz", zeros, (1, [], {}))
+    return folder
 
 
 def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-NAME_IT = """
-import sys, types, {name} as script
-script.time = types.SimpleNamespace(time=lambda: 1000.5)
-folder, lock, _ = script.open_run(script.Args(run_dir=sys.argv[1], num_devices=1), [])
-print(folder.name, flush=True)
-sys.stdin.read()
-"""
-
-
-def test_several_runs_begin_at_once(environ, tmp_path):
-    """Four processes that begin in the same second have a folder each."""
-    program = NAME_IT.format(name=SCRIPT.__name__)
-    command = [sys.executable, "-c", program, str(tmp_path)]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": ROOT}
-    processes = [subprocess.Popen(command, env=environ, **pipes) for _ in range(4)]
-    names = [process.communicate("")[0].strip() for process in processes]
+def test_several_runs_begin_at_once(monkeypatch, tmp_path):
+    """Four that begin in the same second have a folder each."""
+    monkeypatch.setattr(SCRIPT, "time", SimpleNamespace(time=lambda: 1000.5))
+    args = SCRIPT.Args(run_dir=str(tmp_path), num_devices=1)
+    with ThreadPoolExecutor(4) as pool:
+        folders = [folder for folder, *_ in pool.map(SCRIPT.open_run, [args] * 4, [[]] * 4)]
     stem = f"CoordSum-v0____{SCRIPT.__name__}__1__"
-    assert sorted(names) == [f"{stem}{second}" for second in (1000, 1001, 1002, 1003)]
-    assert {path.name for path in tmp_path.iterdir() if path.name[0] != "."} == set(names)
+    expected = [tmp_path / f"{stem}{second}" for second in (1000, 1001, 1002, 1003)]
+    assert sorted(folders) == sorted(tmp_path.iterdir()) == expected
 
 
 def damage(folder):
@@ -59,42 +57,49 @@ def damage(folder):
     (folder / "checkpoint_0.npz").write_bytes(data[:2000])
 
 
-def edit(folder):
-    """Makes the run one with a guider of another size, as an edited script would."""
-    about = (folder / "args.json").read_text()
-    (folder / "args.json").write_text(about.replace('"embed_dim": 8', '"embed_dim": 4'))
+def edit(old, new):
+    """Edits args.json."""
+
+    def change(folder):
+        about = (folder / "args.json").read_text()
+        (folder / "args.json").write_text(about.replace(old, new))
+
+    return change
 
 
-def forget_starts(folder):
-    about = json.loads((folder / "args.json").read_text())
-    del about["starts"]
-    (folder / "args.json").write_text(json.dumps(about))
+MAY_NOT_CHANGE = """--seed 2, --num-envs 8, --env-id RobotWarehouse-v0, --guider mat, --delta 2,
+    --learning-rate 2e-3, --anneal-lr, --num-devices 3, --exp-name other""".split(", ")
+KEEP = edit("", "")
 
 
 @pytest.mark.parametrize("change, flags, status, text", [
     (damage, LONGER, 2, "checkpoint_0.npz"),
-    (edit, LONGER, 2, "checkpoint_0.npz"),
-    (forget_starts, LONGER, 2, "an earlier version made it"),
-    (lambda folder: None, ("--total-timesteps", 32), 0, "nothing to do"),
-    (lambda folder: None, ("--gamma", 0.5), 2, "--gamma"),
+    (edit('"embed_dim": 8', '"embed_dim": 4'), LONGER, 2, "checkpoint_0.npz"),  # another guider
+    (edit("{", ""), LONGER, 2, "is no run of "),
+    (edit('"starts"', '"begun"'), LONGER, 2, "an earlier version made it"),
+    (edit('"script": "', '"script": "my_'), LONGER, 2, ".py or an earlier version made it"),
+    (edit('"seed"', '"no_such_flag": 1, "seed"'), LONGER, 2, "no_such_flag"),
+    (KEEP, ("--total-timesteps", 32), 0, "nothing to do"),
+    *[(KEEP, flags.split(), 2, f"{flags.split()[0]}: ") for flags in MAY_NOT_CHANGE],
 ])
 def test_a_call_that_is_refused_changes_nothing(change, flags, status, text, run, call):
-    """Nor does one with nothing to do: no byte of a file of the run is another afterwards."""
+    """It ends with one line. Nor does one with nothing to do: no byte of a file of the run is
+    another afterwards."""
     change(run)
     before = contents(run)
     found, out, err = call(SCRIPT, "--resume", run, *flags)
-    assert found == status and text in out + err
+    assert found == status and text in out + err and len(err.splitlines()) == (status == 2)
     assert contents(run) == before
 
 
-def test_another_script_is_refused_without_asserts(run, environ):
-    """Also by `python -O`, which leaves out assert statements."""
+def test_another_script_is_refused(run, call):
+    """Also by `python -O`, which leaves out assert statements: there are none."""
     before = contents(run)
-    command = [sys.executable, "-O", str(ROOT / "ctds_ff.py"), "--resume", str(run)]
-    done = subprocess.run(command, env=environ, capture_output=True, text=True)
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
-    assert f"{SCRIPT.SCRIPT} or an earlier version made it" in done.stderr
+    status, _, err = call(ctds_ff, "--resume", run)
+    assert (status, len(err.splitlines())) == (2, 1)
+    assert f"{SCRIPT.SCRIPT} or an earlier version made it" in err
     assert contents(run) == before
+    assert not re.search("^ *assert ", inspect.getsource(SCRIPT), re.M)
 
 
 def test_two_processes_in_one_run(run, call):

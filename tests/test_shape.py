@@ -265,13 +265,6 @@ def test_delta_in_three_places(script):
     assert sorted(reads) == [("minibatch_loss", "double_clip"), ("minibatch_loss", "jnp.log")]
 
 
-def test_no_delta_without_magpo():
-    """The baseline knows no delta: no flag, no double clip, no mask."""
-    names = {n.arg if isinstance(n, ast.arg) else getattr(n, "attr", getattr(n, "id", None))
-             for n in ast.walk(ast.parse(text("ctds_ff")))}
-    assert names & {"delta", "double_clip", "mask"} == set()
-
-
 # --------------------------------------------------------------------------------------- the README
 def details(script):
     return [int(number) for number in re.findall(r"\bD(\d+):", text(script))]

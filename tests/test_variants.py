@@ -3,19 +3,19 @@
 Their iterations are in test_reference.py.
 """
 
+from types import SimpleNamespace
+
+import distrax
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import (
-    TINY,
+    ScriptedEnv,
     make_guider,
     random_like,
     random_obs,
     random_params,
-    read_rows,
-    run_folder,
-    run_program,
 )
 
 import magpo_ff
@@ -33,6 +33,13 @@ def test_a_tether_has_bounds():
     for learner_kl, length in ((10, adaptive.SHORTEST), (0.02, 1.2), (0.01, 1.2243), (-10, 4)):
         found = adaptive.tether(args, jnp.log(1.2), learner_kl)
         np.testing.assert_allclose(found, np.log(length), rtol=1e-3)
+
+
+def test_a_tether_begins_with_its_longest():
+    network = SimpleNamespace(init=lambda *_: {"x": jnp.zeros(1)})
+    parts = adaptive.Args(delta=3, num_envs=1, num_devices=1), ScriptedEnv(adaptive)
+    state = adaptive.init_state(*parts, network, network, *jax.random.split(jax.random.PRNGKey(0)))
+    np.testing.assert_allclose(np.exp(state.log_delta), 3, rtol=1e-6)
 
 
 # -------------------- Exact backtracking ----------------------------------------------------------
@@ -98,6 +105,17 @@ def test_a_base_that_does_not_care_leaves_magpo():
     np.testing.assert_allclose(value, expected_value, atol=1e-6)
 
 
+def test_std_of_a_correction():
+    """It is the base's times exp(log_std), small or large, and so always above 0."""
+    base = distrax.Independent(distrax.Normal(jnp.ones((2, 3)), jnp.full(3, 0.5)), 1)
+    out = {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}
+    for log_std in (-9.0, 0.0, 2.0):
+        params = {"params": {"out": out, "log_std": jnp.full(3, log_std)}}
+        found = residual.Correction(3, True).apply(params, jnp.ones((2, 4)), base)
+        np.testing.assert_allclose(found.mode(), np.full((2, 3), 5))
+        np.testing.assert_allclose(found.stddev(), np.full((2, 3), 0.5 * np.exp(log_std)), 1e-6)
+
+
 # -------------------- A guider that knows the state -----------------------------------------------
 def test_only_the_guider_reads_the_state():
     """With a state of zeros it is magpo_ff.py's; with another one the learner is the same."""
@@ -149,19 +167,3 @@ def test_environment_without_a_global_state(call):
     status, _, err = call(with_state, "--env-id", "examples.my_env:Meet-v0", "--dry-run")
     assert status == 2 and len(err.splitlines()) == 1
     assert "--env-id examples.my_env:Meet-v0: needs a method global_state" in err
-
-
-# -------------------- All of them -----------------------------------------------------------------
-@pytest.mark.slow  # saving is the same text as in the scripts
-@pytest.mark.parametrize("script", [adaptive, residual, with_state])
-def test_resumed_equals_uninterrupted(script, environ, tmp_path):
-    """Two iterations, a new process, and two more: the rows of four in one process."""
-    whole = ["--total-timesteps", "128", "--num-evals", "4"]
-    half = ["--total-timesteps", "64", "--num-evals", "2"]
-    for name, budget in (("whole", whole), ("half", half)):
-        flags_of_run = [*TINY, *budget, "--run-dir", tmp_path / name]
-        run_program(script.__file__, flags_of_run, environ)
-    folder = run_folder(tmp_path / "half")
-    run_program(script.__file__, ["--resume", folder, *whole], environ)
-    rows = [read_rows(run, clocks=False) for run in (folder, run_folder(tmp_path / "whole"))]
-    assert rows[0] == rows[1]
