@@ -199,6 +199,19 @@ def test_causality_in_time_and_agents(script, kind):
 
 
 @for_each_script
+def test_guider_reads_what_its_learner_remembers(script):
+    """Policies and values depend on it (D20), those of the paper's guider do not."""
+    guider, _, params, obs, action, timestep, hidden = make_problem(script, "mat")
+    other = obs._replace(remembered=-obs.remembered)
+    for network in (guider, guider.clone(reads_learner=False)):
+        inputs = (action, timestep, hidden["guider"])
+        policy, value = network.apply(params["guider"], obs, *inputs)
+        changed, other_value = network.apply(params["guider"], other, *inputs)
+        assert np.any(policy.logits != changed.logits) == network.reads_learner
+        assert np.any(value != other_value) == network.reads_learner
+
+
+@for_each_script
 def test_learner_by_hand(script):
     """An MLP, flax's GRU cell with a state that is 0 at the start of an episode, an MLP, in a plain
     loop."""

@@ -31,9 +31,9 @@ FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 ALLOWED_DIFFERENCES = {
     ("ctds_ff", "magpo_ff"): {"Args", "check_args", "collect", "minibatch_loss"},
     ("magpo_ff", "magpo_rec"): {
-        "Args", "EnvState", "Guider", "Learner", "Mixer", "TrainState", "Transition", "check_args",
-        "collect", "evaluate", "gae", "guider_act", "init_state", "learner_act", "make_networks",
-        "minibatch_loss", "play", "train_iteration",
+        "Args", "EnvState", "Guider", "Learner", "Mixer", "Observation", "TrainState", "Transition",
+        "check_args", "collect", "evaluate", "gae", "guider_act", "init_state", "learner_act",
+        "make_networks", "minibatch_loss", "play", "train_iteration",
     },
     ("magpo_ff", "mappo_ff"): {
         "Args", "Policy", "TrainState", "Transition", "check_args", "collect", "evaluate",
@@ -46,9 +46,9 @@ ALLOWED_DIFFERENCES = {
         "Guider", "Observation", "TeamEnv.observe", "TeamEnv.reset", "TeamEnv.step", "guider_act",
         "main", "train_iteration"},
     ("magpo_rec", "mappo_rec"): {
-        "Args", "Policy", "TrainState", "Transition", "check_args", "collect", "evaluate",
-        "init_hidden", "init_state", "log", "make_networks", "make_optimizer", "minibatch_loss",
-        "train_iteration",
+        "Args", "Observation", "Policy", "TrainState", "Transition", "check_args", "collect",
+        "evaluate", "init_hidden", "init_state", "log", "make_networks", "make_optimizer",
+        "minibatch_loss", "train_iteration",
     },
     ("mappo_rec", "happo_rec"): {
         "collect", "init_hidden", "init_state", "learner_act", "train_iteration",
@@ -56,7 +56,7 @@ ALLOWED_DIFFERENCES = {
 }
 # Lines of a file, with blank lines, comments and docstrings.
 LIMITS = {
-    "magpo_ff": 900, "ctds_ff": 900, "magpo_rec": 1060, "mappo_ff": 750, "mappo_rec": 810,
+    "magpo_ff": 900, "ctds_ff": 900, "magpo_rec": 1070, "mappo_ff": 750, "mappo_rec": 810,
     "happo_rec": 900, "magpo_ff_adaptive": 960, "magpo_ff_residual": 960, "magpo_ff_state": 960,
 }
 CHANGED_LINES = {
@@ -146,7 +146,7 @@ def test_length_of_tests():
     """The tests do not outgrow what they test."""
     files = (ROOT / "tests").glob("*.py")
     number = sum(len(file.read_text().splitlines()) for file in files)
-    assert number <= 6900
+    assert number <= 6550
 
 
 def test_lint():
