@@ -111,6 +111,7 @@ class Args:  # tyro shows the comment behind a flag as its help; [in brackets]: 
     num_heads: int = 1  # H: heads of the guider [n_head]
     num_blocks: int = 1  # blocks of the guider's encoder, and of its decoder [n_block]
     guider_mlp: bool = True  # an MLP in each block; Sable's official tuned rows are without
+    guider_reads_learner: bool = True  # what its GRU remembers; the paper's guider does not
     decay_scaling_factor: float = 0.8  # times the decay of sable's memory per step; 0: no memory
     chunk_steps: int = 0  # most steps of a chunk of sable's, for speed alone; 0: automatic
     learner_hidden_dim: int = 128  # F: width of the learner's three hidden layers, one a GRU
@@ -120,6 +121,7 @@ class Args:  # tyro shows the comment behind a flag as its help; [in brackets]: 
 class Observation(NamedTuple):
     agents_view: Array  # (N, O) float32, the one-hot agent id first
     action_mask: Array  # (N, A) bool, True where legal; for continuous actions everywhere
+    remembered: Any = None  # (N, F) what the learner's GRU remembers, for the guider to read
 
 
 class EnvState(NamedTuple):  # of one game
@@ -331,6 +333,7 @@ class Guider(nn.Module):
     num_actions: int
     continuous: bool
     has_mlp: bool = True
+    reads_learner: bool = True
 
     def setup(self):
         norm = NORM[self.kind]
@@ -343,6 +346,7 @@ class Guider(nn.Module):
             return nn.Sequential([*first, dense(), nn.gelu, norm()])
 
         self.obs_embed = embed(norm())
+        self.memory_embed = dense(use_bias=False)
         self.encoder = [(mixer(), mlp()) for _ in range(self.num_blocks)]
         self.value_head = nn.Sequential([embed(), Dense(1, kernel_init=orthogonal(0.01))])
         self.nobody = self.param("nobody", normal(0.3), (self.num_actions,))  # for the first agent
@@ -351,12 +355,15 @@ class Guider(nn.Module):
         self.policy_embed = embed()
         self.policy = Policy(self.num_actions, self.continuous)
 
-    def encode(self, agents_view, timestep, hidden):
-        """agents_view (M, T, N, O) -> observation tokens (M, T, N, E), value (M, T, N), hidden.
+    def encode(self, obs, timestep, hidden):
+        """obs (M, T, N, ..) -> observation tokens (M, T, N, E), value (M, T, N), hidden.
 
         timestep (M, T). hidden: before the first step; returned: after the last one.
+        D20: it also reads what its learner remembers, or the KL between them would wipe that out.
         """
-        x = self.obs_embed(agents_view)
+        x = self.obs_embed(obs.agents_view)
+        if self.reads_learner:
+            x += self.memory_embed(obs.remembered)
         new_hidden = []
         for (mixer, mlp), memory in zip(self.encoder, hidden):
             x, memory = mixer(x, x, timestep, memory, causal=False)
@@ -383,7 +390,7 @@ class Guider(nn.Module):
 
     def __call__(self, obs, action, timestep, hidden):
         """obs, action (M, T, N, ..), timestep (M, T) -> policies (M, T, N), value (M, T, N)."""
-        obs_tokens, value, _ = self.encode(obs.agents_view, timestep, hidden["encoder"])
+        obs_tokens, value, _ = self.encode(obs, timestep, hidden["encoder"])
         policy, _ = self.decode(obs_tokens, obs, action, timestep, hidden["decoder"])
         return policy, value
 
@@ -424,7 +431,8 @@ def make_networks(args, env):
     sizes = (args.embed_dim, args.num_heads, args.num_blocks, args.decay_scaling_factor)
     actions = (env.num_actions, env.continuous)
     learner = Learner(args.learner_hidden_dim, *actions)
-    return Guider(args.guider, *sizes, chunk_steps, *actions, args.guider_mlp), learner
+    options = (args.guider_mlp, args.guider_reads_learner)
+    return Guider(args.guider, *sizes, chunk_steps, *actions, *options), learner
 
 
 def init_hidden(args, env, batch_size):
@@ -444,16 +452,21 @@ def add_time(step):
     return tree.map(lambda x: x[:, None], step)
 
 
-def guider_act(guider, params, obs, timestep, hidden, key, greedy=False):
+def guider_act(guider, learner, params, obs, timestep, hidden, key, greedy=False):
     """Agent after agent: obs (B, N, ..), timestep (B,) -> action, log_prob, value, hidden.
 
     All agents decide at once, again and again with the same random numbers, until nobody changes an
     action: a fixed point of the decoder. It is exact, because agent j needs the final actions of
     agents < j alone, so that pass j settles it at the latest. The memory is that of the last pass.
+    They begin with what the learner, which watches, would do with the same random numbers.
     """
-    obs, timestep = add_time((obs, timestep))
+    draft, _, learner_hidden = learner_act(
+        learner, params["learner"], obs, timestep, hidden["learner"], key, greedy)
+    obs = obs._replace(remembered=hidden["learner"])
+    obs, timestep, draft = add_time((obs, timestep, draft))
+    params, hidden = params["guider"], hidden["guider"]
     obs_tokens, value, encoder_hidden = guider.apply(
-        params, obs.agents_view, timestep, hidden["encoder"], method="encode")
+        params, obs, timestep, hidden["encoder"], method="encode")
 
     def undecided(carry):
         passes, changed, *_ = carry
@@ -466,11 +479,10 @@ def guider_act(guider, params, obs, timestep, hidden, key, greedy=False):
         action = policy.mode() if greedy else policy.sample(seed=key)
         return passes + 1, jnp.any(action != before), action, policy.log_prob(action), new_hidden
 
-    first = jnp.zeros_like(obs.action_mask, float)
-    first = first if guider.continuous else jnp.int32(first[..., 0])
-    carry = (0, True, first, jnp.zeros_like(value), hidden["decoder"])
+    carry = (0, True, draft, jnp.zeros_like(value), hidden["decoder"])
     _, _, action, log_prob, decoder_hidden = lax.while_loop(undecided, decide, carry)
     hidden = {"encoder": encoder_hidden, "decoder": decoder_hidden}
+    hidden = {"guider": hidden, "learner": learner_hidden}
     return action[:, 0], log_prob[:, 0], value[:, 0], hidden
 
 
@@ -624,25 +636,23 @@ def start_afresh(env, after, last, pool, key):
 def collect(args, env, guider, learner, state):
     """Plays T steps in B environments -> state, rollout (T, B, ..).
 
-    The hidden states go along, the guider's as it acts, the learner's as it watches.
+    The hidden states go along: the guider acts, the learner watches.
     """
     key, steps_key = random.split(state.key)
 
     def step(carry, key):
         before, hidden, pool = carry
         key, pool_key = random.split(key)
-        now = (before.obs, before.episode["length"])
+        now = (before.obs._replace(remembered=hidden["learner"]), before.episode["length"])
         # STEP 1/4: the guider acts
-        action, log_prob, value, guider_hidden = guider_act(
-            guider, state.params["guider"], *now, hidden["guider"], key)
-        _, learner_hidden = learner.apply(
-            state.params["learner"], *add_time(now), hidden["learner"])
-        hidden = {"guider": guider_hidden, "learner": learner_hidden}
+        action, log_prob, value, hidden = guider_act(
+            guider, learner, state.params, *now, hidden, key)
         after, reward, discount, last = vmap(env.step)(before, action)
         # The value of what followed, which the next step values again unless the episode ended.
-        view, timestep = add_time((after.obs.agents_view, after.episode["length"]))
+        then = (after.obs._replace(remembered=hidden["learner"]), after.episode["length"])
         _, next_value, _ = guider.apply(
-            state.params["guider"], view, timestep, guider_hidden["encoder"], method="encode")
+            state.params["guider"], *add_time(then), hidden["guider"]["encoder"], method="encode")
+        hidden["learner"] *= ~last[:, None, None]  # a new episode begins with nothing
         results = (reward, discount, last, after._replace(game=None), next_value[:, 0])
         transition = Transition(*now, action, log_prob, value, *results)
         ready, pool = start_afresh(env, after, last, pool, pool_key)
@@ -722,7 +732,8 @@ def init_state(args, env, guider, learner, params_key, key):
     env_state = vmap(env.reset)(random.split(reset_key, batch_size))
     hidden = init_hidden(args, env, batch_size)
     guider_key, learner_key = random.split(params_key)
-    obs, timestep = add_time((env_state.obs, env_state.episode["length"]))
+    obs = env_state.obs._replace(remembered=hidden["learner"])
+    obs, timestep = add_time((obs, env_state.episode["length"]))
     action = env.example_action[None, None]
     params = {"guider": guider.init(guider_key, obs, action, timestep, hidden["guider"])}
     params["learner"] = learner.init(learner_key, obs, timestep, hidden["learner"])
@@ -765,8 +776,8 @@ def evaluate(args, env, guider, learner, params, key):
     hidden = init_hidden(args, env, args.eval_episodes)
     act = partial(learner_act, learner, params["learner"], greedy=args.eval_greedy)
     episode = play(env, act, hidden["learner"], args.eval_episodes, key)
-    act = partial(guider_act, guider, params["guider"], greedy=args.eval_greedy)
-    guider_episode = play(env, act, hidden["guider"], args.eval_episodes, key)
+    act = partial(guider_act, guider, learner, params, greedy=args.eval_greedy)
+    guider_episode = play(env, act, hidden, args.eval_episodes, key)
     row = {"eval/learner_return": jnp.mean(episode["return"])}
     row["eval/learner_return_std"] = jnp.std(episode["return"])
     row["eval/guider_return"] = jnp.mean(guider_episode["return"])

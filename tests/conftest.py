@@ -242,7 +242,10 @@ def random_obs(script, seed, batch_shape, num_agents, num_actions, num_features=
     mask = rng.random((*shape, num_actions)) < 0.5
     mask |= np.eye(num_actions, dtype=bool)[rng.integers(num_actions, size=shape)]
     view = rng.normal(size=(*shape, num_features))
-    return script.Observation(jnp.asarray(view, float), jnp.asarray(mask))
+    obs = script.Observation(jnp.asarray(view, float), jnp.asarray(mask))
+    if "remembered" in obs._fields:
+        obs = obs._replace(remembered=jnp.asarray(rng.normal(size=(*shape, 4))))
+    return obs
 
 
 def make_guider(script, kind, embed_dim, num_heads, num_blocks, num_actions, continuous=False):

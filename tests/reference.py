@@ -97,6 +97,10 @@ class Algorithm:
         num_games = self.args.num_envs // self.args.num_devices
         return np.asarray(draw(key, (num_games, num_agents, self.env.num_actions)))
 
+    def told(self, obs, hidden):
+        """What the acting network reads -> obs."""
+        return obs
+
     def value(self, *now):
         """It does not depend on the actions, so any noise does."""
         return self.act(*now, np.zeros((self.env.num_agents, self.env.num_actions)))[2]
@@ -147,11 +151,14 @@ class Magpo(Algorithm):
             policy, value = apply(params, one(obs), one(action))
             return first_of(policy, 1), value[0], None
         (obs, action, timestep), past = one(one((obs, action, timestep))), one(hidden)
-        tokens, value, encoder = apply(
-            params, obs.agents_view, timestep, past["encoder"], method="encode")
+        tokens, value, encoder = apply(params, obs, timestep, past["encoder"], method="encode")
         policy, decoder = apply(
             params, tokens, obs, action, timestep, past["decoder"], method="decode")
         return first_of(policy, 2), value[0, 0], pick({"encoder": encoder, "decoder": decoder}, 0)
+
+    def told(self, obs, hidden):
+        """D20: the guider also reads what its learner remembers."""
+        return obs._replace(remembered=hidden["learner"]) if self.has_memory else obs
 
     def both(self, params, step, hidden):
         """Guider and learner in one step of one game -> policies, value, hidden after it."""
@@ -346,11 +353,15 @@ def play(algorithm, params, games, hidden, key):
 
 def play_step(algorithm, params, game, hidden, noise):
     """-> Step, game and hidden after it."""
-    now = (game.obs, game.obs, game.episode["length"])
+    obs = algorithm.told(game.obs, hidden)
+    now = (obs, obs, game.episode["length"])
     action, log_prob, value, hidden = algorithm.act(params, *now[1:], hidden, noise)
     game, *results = algorithm.step(game, action)
-    next_value = algorithm.value(params, game.obs, game.episode["length"], hidden)
-    step = Step(*now, action, log_prob, value, next_value, *results, game.episode)
+    then = algorithm.told(game.obs, hidden)
+    next_value = algorithm.value(params, then, game.episode["length"], hidden)
+    step = to_host(Step(*now, action, log_prob, value, next_value, *results, game.episode))
+    if step.last and isinstance(algorithm, Magpo) and algorithm.has_memory:
+        hidden = hidden | {"learner": 0 * hidden["learner"]}
     return to_host((step, game, hidden))
 
 

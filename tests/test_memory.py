@@ -138,9 +138,9 @@ def compiled(script, kind):
 
     @jax.jit
     def everything(view, action, timestep, hidden):
-        obs = script.Observation(view, everything_legal)
-        policy, value = guider.apply(params["guider"], obs, action, timestep, hidden["guider"])
-        learner_policy, _ = learner.apply(params["learner"], obs, timestep, hidden["learner"])
+        seen = obs._replace(agents_view=view, action_mask=everything_legal)
+        policy, value = guider.apply(params["guider"], seen, action, timestep, hidden["guider"])
+        learner_policy, _ = learner.apply(params["learner"], seen, timestep, hidden["learner"])
         return policy.logits, value, learner_policy.logits
 
     return everything
