@@ -1,10 +1,9 @@
-"""Tests of the clipped ratio and its loss, of evaluation, and of what holds for a whole iteration.
+"""Tests of the clipped ratio, of evaluation, and of keys.
 
-The iteration itself, collection, advantages, losses, gradients and all, is in test_reference.py.
+An iteration, with collection, advantages, losses, gradients and all, is in test_reference.py.
 """
 
 import functools
-import itertools
 import math
 
 import jax
@@ -16,12 +15,9 @@ from conftest import (
     first_state,
     has_memory,
     make_parts,
-    on_one_device,
     scripts_with,
-    slow,
     tags_and_times,
 )
-from jax.extend import core
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -116,7 +112,7 @@ def test_evaluation(script, monkeypatch):
     assert called == [(4, [0, 5])] * 2
 
 
-# -------------------- A whole iteration -----------------------------------------------------------
+# -------------------- Keys ------------------------------------------------------------------------
 @pytest.fixture
 def checked_keys():
     """Has JAX raise an error where a program uses a key twice; only typed keys are checked."""
@@ -137,34 +133,3 @@ def test_no_key_is_used_twice(script, checked_keys):
     hidden = [jnp.zeros(())] if has_memory(script) else []
     play = functools.partial(script.play, parts[1], act, *hidden, 4)
     jax.eval_shape(jax.jit(play), jax.random.PRNGKey(0))
-
-
-def count_equations(jaxpr):
-    """Equations of a jaxpr and of all those inside (bodies of loops, conditions, calls)."""
-    inside = [core.jaxprs_in_params(equation.params) for equation in jaxpr.eqns]
-    return len(jaxpr.eqns) + sum(map(count_equations, itertools.chain(*inside)))
-
-
-def program_size(script, function, scenario, **flags):
-    """Equations of `train_iteration` or `collect` on CoordSum."""
-    chunks = {"chunk_steps": 2} if has_memory(script) else {}
-    parts = make_parts(script, script.make_env("CoordSum-v0", scenario), **chunks, **flags)
-    state = jax.eval_shape(lambda: first_state(script, parts))
-    if function == "collect" and not has_memory(script):
-        parts = parts[:3]
-    program = on_one_device(getattr(script, function), *parts)
-    return count_equations(jax.make_jaxpr(program)(state).jaxpr)
-
-
-GROWING = scripts_with("train_iteration", "Guider", "Learner")
-
-
-@pytest.mark.parametrize("kind, function", [("sable", "train_iteration"), ("mat", "collect")])
-@pytest.mark.parametrize("script", GROWING[:1] + slow(GROWING[1:]))
-def test_program_does_not_grow(script, kind, function):
-    """The program of an iteration is as long for 16 steps, 6 agents and 3 epochs as for 4, 2 and 1;
-    of the one with mat only collection is measured, which has the guider in it."""
-    size = program_size(script, function, "2x4-5", guider=kind, num_steps=4, update_epochs=1)
-    assert size > 300
-    large = {"guider": kind, "num_steps": 16, "update_epochs": 3}
-    assert program_size(script, function, "6x4-5", **large) == size

@@ -115,13 +115,13 @@ class View(NamedTuple):
 
 
 class Steer(Environment):
-    """Two agents give three numbers each, within bounds; what they gave is what they see.
+    """Two agents give three numbers each, within bounds of two shapes, and see what they gave.
 
     Each agent earns its own first number. There is no action_mask.
     """
 
     own_rewards = True
-    minimum, maximum = [1.0, -4.0, 0.0], [5.0, 4.0, 1.0]
+    minimum, maximum = [1.0, -4.0, 0.0], np.array([[5.0, 4.0, 1.0]] * 2)
 
     def reset(self, key):
         return 0, restart(View(jnp.zeros((2, 3))), shape=(2,))  # a number of Python's
@@ -141,12 +141,6 @@ class Steer(Environment):
     @property
     def action_spec(self):
         return specs.BoundedArray((2, 3), jnp.float32, self.minimum, self.maximum)
-
-
-class OneLowest(Steer):
-    """Jumanji keeps bounds of different shapes as they are."""
-
-    minimum, maximum = 0.0, np.full((2, 3), 2.0)
 
 
 class OddState(NamedTuple):
@@ -184,7 +178,7 @@ class Odd(Environment):
         return [state.half.dtype for state in states], jax.random.key_impl(states[0].key), speed
 
 
-for name in ("Steer", "OneLowest", "Odd"):
+for name in ("Steer", "Odd"):
     jumanji.register(id=f"{name}-v0", entry_point=f"{__name__}:{name}")
 
 
@@ -201,13 +195,6 @@ def test_actions_reach_the_bounds():
     assert state.obs.action_mask.shape == (2, 3) and np.all(state.obs.action_mask)
     np.testing.assert_allclose(reward, [1, 5])
     assert ends.episode["return"] == 3  # the mean
-
-
-def test_bounds_may_differ_in_shape():
-    """A number for all components on one side, an array on the other."""
-    env = script.make_env("OneLowest-v0", "")
-    after, *_ = env.step(env.reset(jax.random.PRNGKey(0)), jnp.zeros((2, 3)))
-    np.testing.assert_allclose(after.obs.agents_view[:, 2:], np.ones((2, 3)))
 
 
 def test_odd_state_can_be_saved():
