@@ -640,6 +640,13 @@ def collect(args, env, guider, learner, state):
     """
     key, steps_key = random.split(state.key)
 
+    def value_of(env_state, hidden):
+        obs = env_state.obs._replace(remembered=hidden["learner"])
+        now = add_time((obs, env_state.episode["length"]))
+        _, value, _ = guider.apply(
+            state.params["guider"], *now, hidden["guider"]["encoder"], method="encode")
+        return value[:, 0]
+
     def step(carry, key):
         before, hidden, pool = carry
         key, pool_key = random.split(key)
@@ -648,12 +655,11 @@ def collect(args, env, guider, learner, state):
         action, log_prob, value, hidden = guider_act(
             guider, learner, state.params, *now, hidden, key)
         after, reward, discount, last = vmap(env.step)(before, action)
-        # The value of what followed, which the next step values again unless the episode ended.
-        then = (after.obs._replace(remembered=hidden["learner"]), after.episode["length"])
-        _, next_value, _ = guider.apply(
-            state.params["guider"], *add_time(then), hidden["guider"]["encoder"], method="encode")
+        # What follows is valued by the next step, unless the episode is cut off.
+        is_cut_off = jnp.any(last & (discount > 0))
+        next_value = lax.cond(is_cut_off, value_of, lambda *_: jnp.zeros_like(value), after, hidden)
         hidden["learner"] *= ~last[:, None, None]  # a new episode begins with nothing
-        results = (reward, discount, last, after._replace(game=None), next_value[:, 0])
+        results = (reward, discount, last, after._replace(game=None), next_value)
         transition = Transition(*now, action, log_prob, value, *results)
         ready, pool = start_afresh(env, after, last, pool, pool_key)
         return (ready, hidden, pool), transition
@@ -662,6 +668,9 @@ def collect(args, env, guider, learner, state):
     pool = (state.env_state, args.num_envs // args.num_devices)  # all of it used
     carry = (state.env_state, state.hidden, pool)
     (env_state, hidden, _), rollout = lax.scan(step, carry, keys)
+    following = jnp.concatenate([rollout.value[1:], value_of(env_state, hidden)[None]])
+    next_value = jnp.where(rollout.last[..., None], rollout.next_value, following)
+    rollout = rollout._replace(next_value=next_value)
     return state._replace(env_state=env_state, hidden=hidden, key=key), rollout
 
 
