@@ -134,12 +134,15 @@ def loop(request, tmp_path_factory):
 def test_evaluations_are_evenly_spaced(loop):
     """Seven iterations are evaluated before the first and after the third, the fifth and the last.
 
-    What is evaluated are the parameters of that moment, which are saved each time.
+    What is evaluated are the parameters of that moment, which are saved each time. Of the returns
+    16, 1, 1 and 9 the first is the best; the last networks are the newest.
     """
-    loop, _, _ = loop
+    loop, _, folder = loop
     steps = [row["global_step"] for row in loop.rows]
     assert steps == [STAND_IN_STEPS * iteration for iteration in (0, 3, 5, 7)]
     assert [keys["i"] for keys, _ in loop.evaluations] == [0, 3, 5, 7] == loop.saved
+    assert num_iterations(folder / "best_keys.safetensors") == 0
+    assert num_iterations(folder / "keys.safetensors") == 7
     assert loop.released == [1]  # the lock
 
 
@@ -183,13 +186,6 @@ def test_times_and_speed(loop):
 def num_iterations(path):
     """The number of iterations in a file of networks."""
     return safetensors.numpy.load_file(path)["i"]
-
-
-def test_best_and_last(loop):
-    """Of the returns 16, 1, 1 and 9 the first is the best; the last networks are the newest."""
-    _, _, folder = loop
-    assert num_iterations(folder / "best_keys.safetensors") == 0
-    assert num_iterations(folder / "keys.safetensors") == 7
 
 
 def test_keys(loop, tmp_path):

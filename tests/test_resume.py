@@ -150,9 +150,10 @@ def stop(name, script, flags, run_dir, environ):
     return folder
 
 
+@pytest.mark.slow
 def test_resumed_equals_uninterrupted(whole, environ, tmp_path):
     """Stopped by SIGTERM, and from there on in a new process: the very rows and networks of one
-    that nobody stopped."""
+    that nobody stopped. With stand-ins for the training it is in test_glue.py."""
     folder = stop("SIGTERM", whole.script, whole.flags, tmp_path / "out", environ)
     run_program(whole.script.__file__, ["--resume", folder], environ, tmp_path)
     assert_same_run(folder, whole.folder)

@@ -68,7 +68,7 @@ def edit(old, new):
 
 
 MAY_NOT_CHANGE = """--seed 2, --num-envs 8, --env-id RobotWarehouse-v0, --guider mat, --delta 2,
-    --learning-rate 2e-3, --anneal-lr, --num-devices 3, --exp-name other""".split(", ")
+    --learning-rate 2e-3, --anneal-lr, --num-devices 3, --exp-name other""".split(",")
 KEEP = edit("", "")
 
 

@@ -252,19 +252,6 @@ def test_four_steps(script):
     assert re.findall(r"# STEP (\d)/4", text(script)) == ["2", "3", "4", "1"]
 
 
-@for_each_magpo
-def test_delta_in_three_places(script):
-    """delta is a flag, and enters the loss in two places: the double clip and the KL's mask."""
-    reads = []
-    for name, node in definitions(script).items():
-        calls = [n for n in ast.walk(node) if isinstance(n, ast.Call)]
-        called_with = {arg: ast.unparse(call.func) for call in calls for arg in call.args}
-        attributes = [n for n in ast.walk(node) if isinstance(n, ast.Attribute)]
-        delta = [n for n in attributes if ast.unparse(n) == "args.delta"]
-        reads += [(name, called_with.get(n)) for n in delta if name != "check_args"]
-    assert sorted(reads) == [("minibatch_loss", "double_clip"), ("minibatch_loss", "jnp.log")]
-
-
 # --------------------------------------------------------------------------------------- the README
 def details(script):
     return [int(number) for number in re.findall(r"\bD(\d+):", text(script))]

@@ -97,7 +97,16 @@ def parts_of(env_id, env):
     return own, drawn and rest == ("closest", True, True, True, False, 1.0, 8)
 
 
-@pytest.mark.parametrize("env_id, scenario", [*pairs(SCENARIOS), (RWARE, "tiny-4ag-easy")])
+# One of each suite is compiled and run, those beside which the recorded episodes are small.
+LARGE = ["8x15-100", "large-8ag-hard", "15x15-4p-5f", "con-15x15x23a", "smacv2_10_units",
+         "simple_spread_10ag"]
+OF_EACH_KIND = """tiny-2ag tiny-2ag-hard tiny-4ag-easy small-4ag medium-6ag xlarge-4ag-hard 2s3z
+    2s-8x8-2p-2f-coop 10x10-3p-3f con-5x5x3a 3x10-30 simple_spread_3ag""".split() + LARGE
+
+
+@pytest.mark.parametrize("env_id, scenario", [
+    pytest.param(*task, marks=[] if task[1] in OF_EACH_KIND else pytest.mark.slow)
+    for task in [*pairs(SCENARIOS), (RWARE, "tiny-4ag-easy")]])
 def test_scenarios(env_id, scenario):
     """A scenario's name sets what the table says, and all else is as in the papers."""
     env = make(env_id, scenario)
@@ -145,11 +154,6 @@ def play_twice(env, key):
     (state, _), later = jax.lax.scan(step, carry, jax.random.split(key))
     timesteps = jax.tree.map(lambda x, xs: jnp.concatenate([x[None], xs]), first, later)
     return timesteps, state, env.global_state(state)
-
-
-# One of each suite is compiled and run, those beside which the recorded episodes are small.
-LARGE = ["8x15-100", "large-8ag-hard", "15x15-4p-5f", "con-15x15x23a", "smacv2_10_units",
-         "simple_spread_10ag"]
 
 
 @pytest.mark.parametrize("env_id, scenario", [
