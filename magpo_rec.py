@@ -23,13 +23,13 @@ Steps 2 to 4 are one gradient step on each minibatch. To backtrack, no parameter
 double clip stops the PPO gradient that leads further out, and outside the KL pulls the guider back.
 
 Memory (`diff magpo_ff.py magpo_rec.py`): the guider's retention decays over the steps of an episode
-(`Mixer`), the learner has a GRU (`Learner`). Both forget at timestep 0. Minibatches hold rollouts,
-whose first hidden states are a little stale after the first gradient step, as in the official code.
+(`Mixer`), the learner has a GRU (`Learner`), which the guider reads. Both forget at timestep 0.
+Minibatches hold rollouts, whose first hidden states are stale after the first gradient step.
 
 Shapes in comments: T steps of a rollout, B environments on a device, M sequences of a minibatch, N
 agents, A actions, O features of an observation, E width of the guider, H heads, C steps of a chunk,
-K chunks of a rollout, F width of the learner, D devices, .. any axes. D with a number (D1, D2, ..)
-is a detail that docs/details.md compares with the official code.
+K chunks of a rollout, F width of the learner, D devices, .. any axes. D1, D2, .. are details that
+docs/details.md compares with the official code.
 """
 import dataclasses
 import json
@@ -429,10 +429,9 @@ def make_networks(args, env):
     longest = args.chunk_steps or max(32 // env.num_agents, 1)  # 32 tokens are fast on a CPU
     chunk_steps = max(c for c in range(1, longest + 1) if args.num_steps % c == 0)
     sizes = (args.embed_dim, args.num_heads, args.num_blocks, args.decay_scaling_factor)
-    actions = (env.num_actions, env.continuous)
-    learner = Learner(args.learner_hidden_dim, *actions)
-    options = (args.guider_mlp, args.guider_reads_learner)
-    return Guider(args.guider, *sizes, chunk_steps, *actions, *options), learner
+    learner = Learner(args.learner_hidden_dim, env.num_actions, env.continuous)
+    options = (env.num_actions, env.continuous, args.guider_mlp, args.guider_reads_learner)
+    return Guider(args.guider, *sizes, chunk_steps, *options), learner
 
 
 def init_hidden(args, env, batch_size):
@@ -634,10 +633,7 @@ def start_afresh(env, after, last, pool, key):
 
 
 def collect(args, env, guider, learner, state):
-    """Plays T steps in B environments -> state, rollout (T, B, ..).
-
-    The hidden states go along: the guider acts, the learner watches.
-    """
+    """Plays T steps in B environments -> state, rollout (T, B, ..)."""
     key, steps_key = random.split(state.key)
 
     def value_of(env_state, hidden):

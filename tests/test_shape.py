@@ -31,7 +31,7 @@ FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 ALLOWED_DIFFERENCES = {
     ("ctds_ff", "magpo_ff"): {"Args", "check_args", "collect", "minibatch_loss"},
     ("magpo_ff", "magpo_rec"): {
-        "Args", "EnvState", "Guider", "Learner", "Mixer", "Observation", "TrainState", "Transition",
+        "Args", "Guider", "Learner", "Mixer", "Observation", "TrainState", "Transition",
         "check_args", "collect", "evaluate", "gae", "guider_act", "init_state", "learner_act",
         "make_networks", "minibatch_loss", "play", "train_iteration",
     },
@@ -56,7 +56,7 @@ ALLOWED_DIFFERENCES = {
 }
 # Lines of a file, with blank lines, comments and docstrings.
 LIMITS = {
-    "magpo_ff": 900, "ctds_ff": 900, "magpo_rec": 1070, "mappo_ff": 750, "mappo_rec": 810,
+    "magpo_ff": 900, "ctds_ff": 900, "magpo_rec": 1080, "mappo_ff": 750, "mappo_rec": 810,
     "happo_rec": 900, "magpo_ff_adaptive": 960, "magpo_ff_residual": 960, "magpo_ff_state": 960,
 }
 CHANGED_LINES = {

@@ -128,7 +128,7 @@ class Observation(NamedTuple):
 class EnvState(NamedTuple):  # of one game
     game: Any  # the environment's own state
     obs: Observation
-    episode: dict  # so far, () float32 each: return, length, 1 if it is won
+    episode: dict  # so far, () float32 each: return, length (the timestep), 1 if it is won
 
 
 class TeamEnv:
