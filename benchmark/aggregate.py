@@ -76,6 +76,7 @@ def make_table(finals: pd.DataFrame) -> pd.DataFrame:
         low, high = interval(mean, [runs["learner"].to_numpy()])
         row["learner [95% CI]"] = with_interval(runs["learner"].mean(), low, high)
         row["worst seed"] = f"{runs['learner'].min():.3g}"
+        row["worst fall"] = f"{runs['worst_fall'].max():.0%}"
         for column in ("guider", "gap", "learner_kl", "win_rate"):
             value = runs[column].mean()
             row[column] = "" if pd.isna(value) else f"{value:.3g}"

@@ -202,12 +202,23 @@ def sort_key(column: pd.Series) -> pd.Series:
     return column.map(order.index)
 
 
+def worst_fall(returns: pd.Series) -> float:
+    """A run's evaluations -> its largest drop, of means of three, below the best before it, as a
+    share of what that best has gained since the first evaluation; 0 where nothing was gained."""
+    means = returns.rolling(3, min_periods=1).mean()
+    best = means.cummax()
+    gained = best - returns.iloc[0]
+    return ((best - means) / gained.where(gained > 0)).fillna(0).max()
+
+
 def final(frame: pd.DataFrame, last: int) -> pd.DataFrame:
-    """The mean over the last evaluations of each run, a row a run; of steps and seconds the end."""
+    """The mean over the last evaluations of each run, a row a run; of steps and seconds the end,
+    and the worst fall on the way."""
     runs = frame.groupby([*GROUP, "seed"], sort=False)
     means = frame.loc[runs.tail(last).index].groupby([*GROUP, "seed"], sort=False)
     result = means[[*MEANS, "gap"]].mean()
     result[["global_step", "wall_seconds"]] = runs[["global_step", "wall_seconds"]].last()
+    result["worst_fall"] = runs["learner"].apply(worst_fall)
     return result.reset_index()
 
 

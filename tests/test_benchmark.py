@@ -193,11 +193,19 @@ def test_table(results, tmp_path, capsys):
     head, _, *rows = [
         [cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
     assert rows[0] == [
-        "CoordSum-v0 3x10=10", "magpo", "3", "2,000", "22 [21, 23]", "21", "23", "1", "0.5", "",
+        "CoordSum-v0 3x10=10", "magpo", "3", "2,000", "22 [21, 23]", "21", "0%", "23", "1", "0.5", "",
         "16.7"]
     assert rows[1][head.index("guider")] == ""  # it has none
     assert rows[2][head.index("learner [95% CI]")] == "1e+03"  # one seed: no interval
     assert rows[2][head.index("win_rate")] == "0.25"
+
+
+@pytest.mark.parametrize("returns, fall", [
+    ([5, 25, 45, 25, 35], 0), ([0, 60, 120, 120, 0, 0], 60 / 100), ([4, 3, 2], 0),
+    ([-30, -20, -10, -40, -10], 1 / 3)])
+def test_worst_fall(returns, fall):
+    """Of means of three evaluations, below the best before, as a share of what was gained."""
+    assert evaluations.worst_fall(pd.Series(returns, dtype=float)) == pytest.approx(fall)
 
 
 def test_pictures_show_means_over_seeds_and_baselines(results):
