@@ -51,7 +51,8 @@ def finished(request, tmp_path_factory):
     return script, folder, parts
 
 
-@pytest.mark.parametrize("flags", [[], ["--guider", "--which", "last", "--greedy"]], ids=str)
+@pytest.mark.parametrize("flags", [
+    ["--guider", "--which", "last", "--greedy"], pytest.param([], marks=pytest.mark.slow)], ids=str)
 def test_enjoy(finished, flags, call, tmp_path):
     """Figures with an interval, and a GIF of as many frames as asked for."""
     _, folder, _ = finished

@@ -115,7 +115,6 @@ def pieces(script):
 
 
 for_each_script = pytest.mark.parametrize("script", SCRIPTS + BASELINES + VARIANTS)
-for_each_magpo = pytest.mark.parametrize("script", ["magpo_ff", "magpo_rec"])
 
 
 # -------------------------------------------------------------------------------------- short, flat
@@ -246,7 +245,7 @@ def test_twins(pair):
 
 
 # ------------------------------------------------------------------------------------ the algorithm
-@for_each_magpo
+@pytest.mark.parametrize("script", ["magpo_ff", "magpo_rec"])
 def test_four_steps(script):
     """The four steps are marked once each; the three of the loss in order, before the iteration."""
     assert re.findall(r"# STEP (\d)/4", text(script)) == ["2", "3", "4", "1"]
