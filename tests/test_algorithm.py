@@ -4,6 +4,7 @@ An iteration, with collection, advantages, losses, gradients and all, is in test
 """
 
 import functools
+import itertools
 import math
 
 import jax
@@ -15,9 +16,12 @@ from conftest import (
     first_state,
     has_memory,
     make_parts,
+    on_one_device,
     scripts_with,
+    slow,
     tags_and_times,
 )
+from jax.extend import core
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -133,3 +137,27 @@ def test_no_key_is_used_twice(script, checked_keys):
     hidden = [jnp.zeros(())] if has_memory(script) else []
     play = functools.partial(script.play, parts[1], act, *hidden, 4)
     jax.eval_shape(jax.jit(play), jax.random.PRNGKey(0))
+
+
+# -------------------- Size ------------------------------------------------------------------------
+GROWING = scripts_with("train_iteration", "Guider", "Learner")
+
+
+@pytest.mark.parametrize("script", GROWING[:1] + slow(GROWING[1:]))
+def test_program_does_not_grow(script):
+    """An iteration has as many equations for 16 steps, 6 agents and 3 epochs as for 4, 2 and 1."""
+
+    def count(jaxpr):
+        inside = [core.jaxprs_in_params(equation.params) for equation in jaxpr.eqns]
+        return len(jaxpr.eqns) + sum(map(count, itertools.chain(*inside)))
+
+    def size(scenario, **flags):
+        flags |= {"chunk_steps": 2} if has_memory(script) else {}
+        env = script.make_env("CoordSum-v0", scenario)
+        parts = make_parts(script, env, guider="sable", **flags)
+        state = jax.eval_shape(lambda: first_state(script, parts))
+        program = on_one_device(script.train_iteration, *parts)
+        return count(jax.make_jaxpr(program)(state).jaxpr)
+
+    small = size("2x4-5", num_steps=4, update_epochs=1)
+    assert 300 < small == size("6x4-5", num_steps=16, update_epochs=3)

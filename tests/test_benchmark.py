@@ -193,8 +193,8 @@ def test_table(results, tmp_path, capsys):
     head, _, *rows = [
         [cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
     assert rows[0] == [
-        "CoordSum-v0 3x10=10", "magpo", "3", "2,000", "22 [21, 23]", "21", "0%", "23", "1", "0.5", "",
-        "16.7"]
+        "CoordSum-v0 3x10=10", "magpo", "3", "2,000", "22 [21, 23]", "21", "0%", "23", "1", "0.5",
+        "", "16.7"]
     assert rows[1][head.index("guider")] == ""  # it has none
     assert rows[2][head.index("learner [95% CI]")] == "1e+03"  # one seed: no interval
     assert rows[2][head.index("win_rate")] == "0.25"
@@ -348,12 +348,6 @@ def toy(tmp_path, monkeypatch):
 def finished(line):
     run.read_defaults.cache_clear()  # some tests change the script
     return run.is_finished(run.parse(f"{line} --run-dir runs/sweep"))
-
-
-def test_lines_are_joined_and_comments_dropped(tmp_path):
-    (tmp_path / "x.txt").write_text(
-        "# python a.py \\\n#    --seed 1\n\npython b.py --x \\\n    '1 2'  # why\npython c.py\n")
-    assert run.read_lines(str(tmp_path / "x.txt")) == ["python b.py --x '1 2'", "python c.py"]
 
 
 def test_parse_takes_defaults_and_flags(toy):

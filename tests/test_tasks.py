@@ -3,7 +3,6 @@
 import functools
 import math
 import pathlib
-import subprocess
 import sys
 
 import jax
@@ -304,39 +303,6 @@ def test_connector_won(connector):
 
 
 # ------------------------------------------------------------------------------------------ JaxMARL
-@pytest.mark.slow
-def test_import_is_silent():
-    """JaxMARL's import prints nothing here, and leaves the standard streams as they are."""
-    code = """
-import io, sys
-names = ("stdout", "stderr", "__stdout__", "__stderr__")
-sys.stdout = io.StringIO()
-before = [getattr(sys, name) for name in names]
-import tasks
-tasks.make("MPE_simple_spread_v3")
-assert "jaxmarl" in sys.modules
-assert [getattr(sys, name) for name in names] == before
-assert sys.stdout.getvalue() == ""
-"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (0, ""), done.stderr
-
-
-def test_jaxmarl_is_not_there(monkeypatch, capsys):
-    """Without JaxMARL the error and the list say what to install; the other suites work."""
-    monkeypatch.setitem(sys.modules, "jaxmarl", None)
-    stdout = sys.stdout
-    assert refusal(SPREAD, "").endswith("needs jaxmarl (pip install jaxmarl)")
-    assert sys.stdout is stdout
-    tasks.make(COORDSUM, "3x10-30")
-    monkeypatch.setattr(tasks, "PAPER_TASKS", {SMAX: ["2s3z"]})
-    monkeypatch.setattr(sys, "argv", ["tasks.py"])
-    with pytest.raises(SystemExit, match="2"):
-        tasks.main()
-    error = "tasks.py: error: --scenario 2s3z: needs jaxmarl (pip install jaxmarl)\n"
-    assert capsys.readouterr() == ("", error)
-
-
 def test_key_of_the_next_step():
     """The key that a step or reset leaves is none of those that JaxMARL draws with."""
     key = jax.random.PRNGKey(3)
