@@ -637,6 +637,7 @@ def collect(args, env, guider, learner, state):
     key, steps_key = random.split(state.key)
 
     def value_of(env_state, hidden):
+        """(B, N) in a state with the hidden states before it."""
         obs = env_state.obs._replace(remembered=hidden["learner"])
         now = add_time((obs, env_state.episode["length"]))
         _, value, _ = guider.apply(
