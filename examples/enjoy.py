@@ -45,12 +45,20 @@ def load_team(options):
     if name not in networks:
         raise ValueError(f"--guider: {script.SCRIPT} has none")
     prefix = "best_" if options.which == "best" else ""
-    file = options.run_dir / f"{prefix}{name}.safetensors"
-    params = unflatten_dict(load_file(file), sep=",")
-    act = partial(getattr(script, f"{name}_act"), networks[name], params, greedy=options.greedy)
+
+    def load(network):
+        file = options.run_dir / f"{prefix}{network}.safetensors"
+        return unflatten_dict(load_file(file), sep=",")
+
+    act = partial(getattr(script, f"{name}_act"), greedy=options.greedy)
     if not hasattr(script, "init_hidden"):
-        return script, env, act, None
-    return script, env, act, lambda games: script.init_hidden(args, env, games)[name]
+        return script, env, partial(act, networks[name], load(name)), None
+    make_hidden = partial(script.init_hidden, args, env)
+    if options.guider:  # with memory its learner watches (D20)
+        params = {network: load(network) for network in networks}
+        return script, env, partial(act, *networks.values(), params), make_hidden
+    act = partial(act, networks[name], load(name))
+    return script, env, act, lambda games: make_hidden(games)[name]
 
 
 def play_episode(options, env, act, make_hidden):
