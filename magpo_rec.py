@@ -519,20 +519,21 @@ class TrainState(NamedTuple):  # what one iteration hands to the next, on each d
     iteration: Array  # () int32, iterations done: what a schedule depends on
 
 
-def gae(rollout, gamma, gae_lambda):
-    """Generalised advantage estimation (arXiv 1506.02438) -> advantage (T, B, N).
+def gae(rollout, next_value, gamma, gae_lambda):
+    """Generalised advantage estimation (arXiv 1506.02438): next_value (T, B, N) -> advantage.
 
     D8: at a time limit that the environment signals as truncation (last, but discount 1) the value
     of the true last observation is used. The official code takes every end for a termination.
     """
 
-    def backwards(next_advantage, step):
-        error = step.reward + gamma * step.discount[:, None] * step.next_value - step.value
+    def backwards(next_advantage, inputs):
+        step, next_value = inputs
+        error = step.reward + gamma * step.discount[:, None] * next_value - step.value
         advantage = error + gamma * gae_lambda * ~step.last[:, None] * next_advantage
         return advantage, advantage
 
-    start = jnp.zeros_like(rollout.value[0])
-    _, advantage = lax.scan(backwards, start, rollout, reverse=True)
+    start = jnp.zeros_like(next_value[0])
+    _, advantage = lax.scan(backwards, start, (rollout, next_value), reverse=True)
     return advantage
 
 
@@ -683,9 +684,8 @@ def train_iteration(args, env, guider, learner, state):
     state, rollout = collect(args, env, guider, learner, state)
     # D19: values are told as (value - mean) / size of recent targets, for a loss of one scale.
     mean, size = state.value_scale
-    scaled = rollout._replace(
-        value=mean + size * rollout.value, next_value=mean + size * rollout.next_value)
-    advantage = gae(scaled, args.gamma, args.gae_lambda)
+    scaled = rollout._replace(value=mean + size * rollout.value)
+    advantage = gae(scaled, mean + size * rollout.next_value, args.gamma, args.gae_lambda)
     target = scaled.value + advantage
     share = jnp.maximum(0.1, 1 / (state.iteration + 1))  # the first ten iterations count alike
     mean += share * (pooled(target)[0] - mean)
@@ -744,8 +744,7 @@ def init_state(args, env, guider, learner, params_key, key):
     params = {"guider": guider.init(guider_key, obs, action, timestep, hidden["guider"])}
     params["learner"] = learner.init(learner_key, obs, timestep, hidden["learner"])
     opt_state = make_optimizer(args, args.learning_rate).init(params)
-    scale = jnp.zeros(2)
-    return TrainState(params, opt_state, env_state, hidden, key, scale, jnp.int32(0))
+    return TrainState(params, opt_state, env_state, hidden, key, jnp.zeros(2), jnp.int32(0))
 
 
 # -------------------- Evaluation ------------------------------------------------------------------

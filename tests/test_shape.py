@@ -32,7 +32,7 @@ ALLOWED_DIFFERENCES = {
     ("ctds_ff", "magpo_ff"): {"Args", "check_args", "collect", "minibatch_loss"},
     ("magpo_ff", "magpo_rec"): {
         "Args", "Guider", "Learner", "Mixer", "Observation", "TrainState", "Transition",
-        "check_args", "collect", "evaluate", "gae", "guider_act", "init_state", "learner_act",
+        "check_args", "collect", "evaluate", "guider_act", "init_state", "learner_act",
         "make_networks", "minibatch_loss", "play", "train_iteration",
     },
     ("magpo_ff", "mappo_ff"): {
