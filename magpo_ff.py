@@ -49,7 +49,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pandas
-import safetensors.numpy
 import tyro
 from einops import rearrange
 from filelock import FileLock
@@ -58,6 +57,7 @@ from flax.traverse_util import flatten_dict
 from jax import Array, lax, random, tree, vmap
 from jax.experimental import multihost_utils
 from matplotlib.figure import Figure
+from safetensors.numpy import save
 from tqdm import tqdm
 
 SCRIPT = Path(__file__).name
@@ -724,7 +724,7 @@ def log(folder, tracker, rows, params):
     write_whole(folder / "metrics.jsonl", lambda new: new.write_text(lines))
     is_best = row["eval/learner_return"] == max(row["eval/learner_return"] for row in rows)
     for network, arrays in params.items():  # with names such as params,Dense_0,kernel
-        write = partial(safetensors.numpy.save_file, flatten_dict(arrays, sep=","))
+        write = partial(Path.write_bytes, data=save(flatten_dict(arrays, sep=",")))
         write_whole(folder / f"{network}.safetensors", write)
         if is_best:  # of equals the later one
             write_whole(folder / f"best_{network}.safetensors", write)
