@@ -656,7 +656,8 @@ def collect(args, env, guider, learner, state):
         # What follows is valued by the next step, unless the episode is cut off.
         is_cut_off = jnp.any(last & (discount > 0))
         next_value = lax.cond(is_cut_off, value_of, lambda *_: jnp.zeros_like(value), after, hidden)
-        hidden["learner"] *= ~last[:, None, None]  # a new episode begins with nothing
+        # A new episode begins with nothing that the guider could read.
+        hidden["learner"] *= ~last[:, None, None]
         results = (reward, discount, last, after._replace(game=None), next_value)
         transition = Transition(*now, action, log_prob, value, *results)
         ready, pool = start_afresh(env, after, last, pool, pool_key)

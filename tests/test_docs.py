@@ -326,6 +326,7 @@ def test_looking_inside(capsys):
     assert len(returns.strip("[]").split()) == 4
 
 
+@pytest.mark.slow
 def test_sweep(monkeypatch, capsys, tmp_path):
     """Each command that an agent of Weights & Biases makes of the sweep is accepted."""
     from wandb.sdk.launch.sweeps import utils
