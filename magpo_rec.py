@@ -23,7 +23,7 @@ Steps 2 to 4 are one gradient step on each minibatch. To backtrack, no parameter
 double clip stops the PPO gradient that leads further out, and outside the KL pulls the guider back.
 
 Memory (`diff magpo_ff.py magpo_rec.py`): the guider's retention decays over the steps of an episode
-(`Mixer`), the learner has a GRU (`Learner`), which the guider reads. Both forget at timestep 0.
+(`Mixer`), the learner has a GRU (`Learner`), which the guider may read. Both forget at timestep 0.
 Minibatches hold rollouts, whose first hidden states are stale after the first gradient step.
 
 Shapes in comments: T steps of a rollout, B environments on a device, M sequences of a minibatch, N
@@ -111,7 +111,7 @@ class Args:  # tyro shows the comment behind a flag as its help; [in brackets]: 
     num_heads: int = 1  # H: heads of the guider [n_head]
     num_blocks: int = 1  # blocks of the guider's encoder, and of its decoder [n_block]
     guider_mlp: bool = True  # an MLP in each block; Sable's official tuned rows are without
-    guider_reads_learner: bool = True  # what its GRU remembers; the paper's guider does not
+    guider_reads_learner: bool = False  # the guider reads what the learner's GRU remembers
     decay_scaling_factor: float = 0.8  # times the decay of sable's memory per step; 0: no memory
     chunk_steps: int = 0  # most steps of a chunk of sable's, for speed alone; 0: automatic
     learner_hidden_dim: int = 128  # F: width of the learner's three hidden layers, one a GRU
@@ -121,7 +121,7 @@ class Args:  # tyro shows the comment behind a flag as its help; [in brackets]: 
 class Observation(NamedTuple):
     agents_view: Array  # (N, O) float32, the one-hot agent id first
     action_mask: Array  # (N, A) bool, True where legal; for continuous actions everywhere
-    remembered: Any = None  # (N, F) what the learner's GRU remembers, for the guider to read
+    remembered: Any = None  # (N, F) what the learner's GRU remembers, which the guider may read
 
 
 class EnvState(NamedTuple):  # of one game
@@ -333,7 +333,7 @@ class Guider(nn.Module):
     num_actions: int
     continuous: bool
     has_mlp: bool = True
-    reads_learner: bool = True
+    reads_learner: bool = False
 
     def setup(self):
         norm = NORM[self.kind]
@@ -359,7 +359,7 @@ class Guider(nn.Module):
         """obs (M, T, N, ..) -> observation tokens (M, T, N, E), value (M, T, N), hidden.
 
         timestep (M, T). hidden: before the first step; returned: after the last one.
-        D20: it also reads what its learner remembers, or the KL between them would wipe that out.
+        D20: it may read what its learner remembers, or the KL between them wipes that out.
         """
         x = self.obs_embed(obs.agents_view)
         if self.reads_learner:

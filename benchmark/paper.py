@@ -34,8 +34,8 @@ python magpo_rec.py --env-id {env_id} --scenario {scenario} \\
     --max-grad-norm {max_grad_norm} --num-minibatches {num_minibatches} \\
     --update-epochs {ppo_epochs} --clip-coef {clip_eps} --ent-coef {ent_coef} --num-envs 128 \\
     --embed-dim {n_embd} --num-heads {n_head} --num-blocks {n_block} --no-guider-mlp \\
-    --decay-scaling-factor {decay_scaling_factor} --no-guider-reads-learner \\
-    --eval-episodes 32 --num-evals 122 --total-timesteps 20000000 --exp-name magpo
+    --decay-scaling-factor {decay_scaling_factor} --eval-episodes 32 --num-evals 122 \\
+    --total-timesteps 20000000 --exp-name magpo
 """
 
 

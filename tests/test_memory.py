@@ -115,7 +115,7 @@ def test_three_forms_of_retention(script, num_heads, scaling, causal):
 def make_problem(script, kind):
     """Guider and learner with random parameters, observations (M, T, ...), actions, timesteps and
     hidden states."""
-    guider = script.Guider(kind, WIDTH, 2, 2, 0.8, 4, NUM_ACTIONS, False)
+    guider = script.Guider(kind, WIDTH, 2, 2, 0.8, 4, NUM_ACTIONS, False, reads_learner=True)
     learner = script.Learner(WIDTH, NUM_ACTIONS, False)
     shape = (NUM_SEQUENCES, NUM_STEPS)
     obs = random_obs(script, 0, shape, NUM_AGENTS, NUM_ACTIONS, NUM_FEATURES)
@@ -200,7 +200,7 @@ def test_causality_in_time_and_agents(script, kind):
 
 @for_each_script
 def test_guider_reads_what_its_learner_remembers(script):
-    """Policies and values depend on it (D20), those of the paper's guider do not."""
+    """Policies and values depend on it (D20), those of a guider without D20 do not."""
     guider, _, params, obs, action, timestep, hidden = make_problem(script, "mat")
     other = obs._replace(remembered=-obs.remembered)
     for network in (guider, guider.clone(reads_learner=False)):

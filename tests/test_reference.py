@@ -31,7 +31,8 @@ MAGPO = GUIDER | {"delta": 1.2, "learner_rl_coef": 0.6}
 CASES = {  # script and what is special -> reference, number of devices, flags
     "magpo_ff": (reference.Magpo, 2, MAGPO),
     "magpo_ff mat": (reference.Magpo, 1, MAGPO | {"guider": "mat"}),
-    "magpo_rec": (reference.Magpo, 2, MAGPO | {"chunk_steps": 2}),
+    "magpo_rec": (
+        reference.Magpo, 2, MAGPO | {"chunk_steps": 2, "guider_reads_learner": True}),
     "magpo_rec mat": (reference.Magpo, 1, MAGPO | {"guider": "mat"}),
     "ctds_ff": (reference.Magpo, 2, GUIDER),
     "mappo_ff": (reference.Mappo, 2, {}),
