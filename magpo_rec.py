@@ -359,7 +359,7 @@ class Guider(nn.Module):
         """obs (M, T, N, ..) -> observation tokens (M, T, N, E), value (M, T, N), hidden.
 
         timestep (M, T). hidden: before the first step; returned: after the last one.
-        D20: it may read what its learner remembers, or the KL between them wipes that out.
+        D20: if it reads what its learner remembers, the KL between them does not wipe that out.
         """
         x = self.obs_embed(obs.agents_view)
         if self.reads_learner:
@@ -812,7 +812,6 @@ def refusing(errors, what="", status=2):
         refuse(f"{what}{error}".splitlines()[0], status)
 
 
-
 def write_whole(path, write):
     """Calls write(file name) so that at any moment the old or the new file is there, whole."""
     new = path.with_name(f"new_{path.name}")
@@ -909,7 +908,7 @@ def log(folder, tracker, rows, params):
 
 # -------------------- Starting --------------------------------------------------------------------
 def parse_args():
-    """Flags, those of the run being the defaults -> args, command and versions of all starts."""
+    """Flags, with --resume on top of the run's own -> args, command and versions of all starts."""
     args = tyro.cli(Args)
     versions = {name: version(name) for name in ("jax", "jumanji")}
     starts = [{"command": sys.argv, "versions": versions}]
@@ -975,7 +974,6 @@ def check_args(args):
     check("num_minibatches", divides, f"a divisor of {share} games, with 2 steps or more in each")
 
 
-
 # -------------------- Training --------------------------------------------------------------------
 def train(args, env, starts):
     """Compiles, trains, evaluates, logs, saves -> number of the signal that stopped it, if any."""
@@ -1018,7 +1016,7 @@ def train(args, env, starts):
             params = first(state.params)
             results = tree.map(float, play_episodes(params, random.fold_in(eval_key, iteration)))
             if not all(map(math.isfinite, results.values())):
-                refuse(f"not finite within {MAX_EPISODE_STEPS} steps an episode: {results}", 1)
+                refuse(f"no finite return in {MAX_EPISODE_STEPS} steps an episode: {results}", 1)
             sums["eval_seconds"] = time.time() - start
             results["time/compile_s"] = compile_seconds
             rows.append(results | interval_row(args, iteration, sums, rows))

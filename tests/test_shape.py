@@ -56,7 +56,7 @@ ALLOWED_DIFFERENCES = {
 }
 # Lines of a file, with blank lines, comments and docstrings.
 LIMITS = {
-    "magpo_ff": 900, "ctds_ff": 900, "magpo_rec": 1075, "mappo_ff": 750, "mappo_rec": 810,
+    "magpo_ff": 900, "ctds_ff": 900, "magpo_rec": 1070, "mappo_ff": 750, "mappo_rec": 810,
     "happo_rec": 900, "magpo_ff_adaptive": 960, "magpo_ff_residual": 960, "magpo_ff_state": 960,
 }
 CHANGED_LINES = {

@@ -672,7 +672,6 @@ def refusing(errors, what="", status=2):
         refuse(f"{what}{error}".splitlines()[0], status)
 
 
-
 def write_whole(path, write):
     """Calls write(file name) so that at any moment the old or the new file is there, whole."""
     new = path.with_name(f"new_{path.name}")
@@ -769,7 +768,7 @@ def log(folder, tracker, rows, params):
 
 # -------------------- Starting --------------------------------------------------------------------
 def parse_args():
-    """Flags, those of the run being the defaults -> args, command and versions of all starts."""
+    """Flags, with --resume on top of the run's own -> args, command and versions of all starts."""
     args = tyro.cli(Args)
     versions = {name: version(name) for name in ("jax", "jumanji")}
     starts = [{"command": sys.argv, "versions": versions}]
@@ -834,7 +833,6 @@ def check_args(args):
     check("num_minibatches", divides, f"a divisor of {samples} samples, with 2 or more in each")
 
 
-
 # -------------------- Training --------------------------------------------------------------------
 def train(args, env, starts):
     """Compiles, trains, evaluates, logs, saves -> number of the signal that stopped it, if any."""
@@ -877,7 +875,7 @@ def train(args, env, starts):
             params = first(state.params)
             results = tree.map(float, play_episodes(params, random.fold_in(eval_key, iteration)))
             if not all(map(math.isfinite, results.values())):
-                refuse(f"not finite within {MAX_EPISODE_STEPS} steps an episode: {results}", 1)
+                refuse(f"no finite return in {MAX_EPISODE_STEPS} steps an episode: {results}", 1)
             sums["eval_seconds"] = time.time() - start
             results["time/compile_s"] = compile_seconds
             rows.append(results | interval_row(args, iteration, sums, rows))
