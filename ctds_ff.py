@@ -127,7 +127,7 @@ class TeamEnv:
     """A cooperative Jumanji environment as the algorithm sees it: one game, without auto-reset.
 
     Its observations have agents_view (N, ..) and action_mask (N, A). Actions are (N,) integers, or
-    real numbers where action_spec is (N, A). extras["won"], () bool, is optional: for a win rate.
+    real numbers where action_spec is (N, A). Optional in extras: "won" () bool, "true_reward" ().
     D1: the agent's one-hot id comes first in its view; the rest is passed on as it is.
     D2: each agent gets the sum of all rewards, or its own if the environment has own_rewards set.
     """
@@ -139,16 +139,16 @@ class TeamEnv:
         self.example_action = env.action_spec.generate_value()
         self.continuous = self.example_action.ndim == 2
         self.own_rewards = getattr(env, "own_rewards", False)
-        self.has_win_rate = "won" in (timestep.extras or {})
+        self.has_win_rate = "won" in timestep.extras
 
     def observe(self, timestep):
         view = rearrange(timestep.observation.agents_view, "n ... -> n (...)")
-        view = jnp.concatenate([jnp.eye(self.num_agents), view], axis=-1)
+        view = jnp.concatenate([jnp.eye(self.num_agents), view], 1)
         return Observation(view, timestep.observation.action_mask)
 
     def reset(self, key):
         game, timestep = self.env.reset(key)
-        episode = dict.fromkeys(("return", "length", "won"), jnp.zeros(()))
+        episode = dict.fromkeys(("return", "length", "won"), jnp.float32(0))
         return EnvState(game, self.observe(timestep), episode)
 
     def step(self, state, action):
@@ -160,8 +160,8 @@ class TeamEnv:
         # D3: an agent may be done, with discount 0, long before the team's episode is over (in
         # Connector: connected or stuck). The episode terminates once all discounts are 0.
         discount = jnp.where(last, jnp.max(timestep.discount), 1.0)
-        won = last & timestep.extras["won"] if self.has_win_rate else 0.0
-        now = {"return": jnp.mean(reward), "length": 1.0, "won": won}
+        told = {"true_reward": jnp.mean(reward), "won": False} | timestep.extras
+        now = {"return": told["true_reward"], "length": 1.0, "won": last & told["won"]}
         episode = tree.map(jnp.add, state.episode, now)
         return EnvState(game, self.observe(timestep), episode), reward, discount, last
 
@@ -174,7 +174,7 @@ def make_env(env_id, scenario):
         with refusing(tasks.TaskError):
             return TeamEnv(tasks.make_trainable(env_id, scenario))
     if (env_id, scenario) != ("RobotWarehouse-v0", ""):
-        refuse(f"--env-id {env_id} --scenario {scenario}: needs tasks.py beside this file")
+        refuse(f"--env-id {env_id} --scenario {scenario}: needs tasks.py and adapters.py")
     return TeamEnv(jumanji.make(env_id))
 
 

@@ -7,50 +7,29 @@ They are what the flags `--env-id` and `--scenario` of the scripts stand for:
 
     python tasks.py     # lists the paper's 43 tasks with their sizes
 
-Every environment that `make` makes for a suite of the papers has
-
-    timestep.observation.agents_view   (N, ...), what each of the N agents sees
-    timestep.observation.action_mask   (N, A) bool, True where an action is legal; actions that are
-                                       A continuous numbers are all legal
-
-and, if its episodes can be won, in every timestep, that of a reset included,
-
-    timestep.extras["won"]             () bool, True on the step that ends an episode which is won
-
-and, if an agent's reward is its own and no part of a sum that the team earns,
-
-    env.own_rewards                    True
-
-What no agent sees is in the state of the game, for guiders that may know it in training:
-
-    env.global_state(state)            (S,) float32; your own environment may have it, too
-
-The scripts train on what `make_trainable` makes: these and any other Jumanji environment, your own
-among them, checked, and adapted where they need it.
+What environments look like here, and how others than the papers' are made to, is in adapters.py.
+The scripts train on what `make_trainable` makes: these, any other Jumanji environment, your own
+among them, and the cooperative games of JaxMARL, checked, and adapted where they need it.
 
 A suite is one function from a scenario's name to an environment, and one entry of `SUITES`. The
 function raises ValueError, with what is allowed, on a name that it cannot use; `make` puts the flag
 before it. The names, and what they stand for, are those of Multi-Agent Guided Policy Optimization
-(arXiv 2507.18059) and of the benchmarks it takes them from. D1, D4, D5, D16 and D17 are
-details of docs/details.md.
+(arXiv 2507.18059) and of the benchmarks it takes them from. D4 and D5 are details of
+docs/details.md.
 """
 
 import argparse
-import contextlib
 import functools
 import importlib
-import io
 import math
 import os
 import re
 import sys
-from types import ModuleType
-from typing import Any, Callable, NamedTuple, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import jumanji
-import numpy as np
 from jumanji import specs
 from jumanji.env import Environment
 from jumanji.environments.routing.connector.generator import LegacyRandomWalkGenerator
@@ -58,29 +37,45 @@ from jumanji.environments.routing.lbf.generator import RandomGenerator as LbfGen
 from jumanji.environments.routing.robot_warehouse.generator import (
     RandomGenerator as RwareGenerator,
 )
-from jumanji.types import StepType, TimeStep
+from jumanji.types import TimeStep
 from jumanji.wrappers import Wrapper
-from matplotlib import pyplot
-from matplotlib.animation import FuncAnimation, PillowWriter
-from matplotlib.figure import Figure
-from matplotlib.patches import Circle
 
-
-class TaskError(ValueError):
-    """A task that cannot be made, or trained on: one line with the flag and what is allowed."""
+try:
+    from adapters import (
+        VIEWS,
+        Adapter,
+        Smax,
+        Spread,
+        TaskError,
+        VectorObservation,
+        check,
+        check_step,
+        flat,
+        import_jaxmarl,
+        make_jaxmarl,
+    )
+except ModuleNotFoundError as error:
+    if error.name != "adapters":
+        raise
+    print("error: tasks.py needs adapters.py beside it", file=sys.stderr)
+    sys.exit(2)
 
 
 def make(env_id: str, scenario: str = "") -> Environment:
     """Makes a task.
 
     Args:
-        env_id: a key of `SUITES`, or the id of any other registered Jumanji environment.
-        scenario: the task's name in the papers; "" stands for the environment's own defaults.
+        env_id: a key of `SUITES`, jaxmarl:NAME for a cooperative game of JaxMARL, or the id of any
+            other registered Jumanji environment.
+        scenario: the task's name in the papers, of JaxMARL's games see `adapters.make_jaxmarl`; ""
+            stands for the environment's own defaults.
 
     Raises:
         TaskError: on an unknown `env_id`, a `scenario` that `env_id` does not have, one whose sizes
             make no game, or if the suite needs a module that is not there.
     """
+    if env_id.startswith("jaxmarl:"):
+        return make_jaxmarl(env_id, scenario)
     if env_id not in SUITES:
         return make_other(env_id, scenario)
     flag = f"--scenario {scenario}" if scenario else f"--env-id {env_id}"
@@ -99,11 +94,13 @@ def make_other(env_id: str, scenario: str) -> Environment:
     if env_id not in jumanji.registered_environments():
         known = ", ".join(SUITES)
         raise TaskError(
-            f"--env-id {env_id}: unknown, try {known} or the id of another Jumanji environment"
+            f"--env-id {env_id}: unknown, try {known}, jaxmarl:NAME or the id of another Jumanji "
+            "environment"
         )
     if scenario:
         raise TaskError(f"--scenario {scenario}: {env_id} takes none")
-    return jumanji.make(env_id)
+    env = jumanji.make(env_id)
+    return VIEWS[env_id](env) if env_id in VIEWS else env
 
 
 def match_rule(rule: str, scenario: str, meaning: str) -> re.Match:
@@ -115,13 +112,6 @@ def match_rule(rule: str, scenario: str, meaning: str) -> re.Match:
     if match is None:
         raise ValueError(f"does not follow the rule {meaning} (numbers of at most 3 digits)")
     return match
-
-
-class VectorObservation(NamedTuple):
-    """What the agents of Connector, SMAX and MPE see."""
-
-    agents_view: jax.Array  # (N, O) float32
-    action_mask: jax.Array  # (N, A) bool
 
 
 # -------------------- CoordSum --------------------------------------------------------------------
@@ -293,113 +283,6 @@ def connector_view(grid: jax.Array, num_agents: int) -> jax.Array:
     return jax.vmap(view)(jnp.arange(num_agents))
 
 
-# -------------------- JaxMARL ---------------------------------------------------------------------
-def import_jaxmarl() -> ModuleType:
-    """Imports JaxMARL, without the two lines that it prints.
-
-    Not at the top of this file: the import takes seconds and starts JAX's backend.
-
-    Raises:
-        ModuleNotFoundError: with what to install, if it is not there.
-    """
-    streams = {name: getattr(sys, name) for name in ("stdout", "stderr", "__stdout__")}
-    # Both, because the import itself sets sys.stdout to sys.__stdout__ before it prints.
-    sys.stdout = sys.__stdout__ = io.StringIO()
-    try:
-        import jaxmarl
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"needs {error.name} (pip install jaxmarl)") from error
-    finally:
-        for name, stream in streams.items():
-            setattr(sys, name, stream)
-    return jaxmarl
-
-
-class JaxMarlState(NamedTuple):
-    """The state of a `JaxMarl` environment."""
-
-    key: jax.Array  # for the next step
-    game_state: Any  # JaxMARL's own state
-
-
-class JaxMarl(Environment):
-    """A game of JaxMARL as a Jumanji environment, without JaxMARL's auto-reset.
-
-    A subclass has `action_spec`, and says of a state of the game what is legal and how it stands
-    (`action_mask`, `terminated`, `extras`), what the agents are paid (`reward`), and how states are
-    drawn: `drawing` gives a figure, and a function that draws the state of an index into it.
-    """
-
-    def __init__(self, game: Any, num_actions: int):
-        """game: JaxMARL's environment; num_actions: A."""
-        self.game = game
-        self.num_agents = game.num_agents
-        self.num_actions = num_actions
-        self.time_limit = game.max_steps + 1  # the game looks at its clock before the clock ticks
-        super().__init__()
-
-    def reset(self, key: jax.Array) -> tuple[JaxMarlState, TimeStep]:
-        """Starts an episode."""
-        obs, game_state = self.game.reset(key)
-        rewards = dict.fromkeys(self.game.agents, jnp.float32(0))
-        timestep = self.make_timestep(StepType.FIRST, obs, game_state, rewards)
-        return JaxMarlState(following_key(key), game_state), timestep
-
-    def step(self, state: JaxMarlState, action: jax.Array) -> tuple[JaxMarlState, TimeStep]:
-        """action: (N,) int32 or (N, A) float32."""
-        actions = {agent: action[j] for j, agent in enumerate(self.game.agents)}
-        results = self.game.step_env(state.key, state.game_state, actions)
-        obs, game_state, rewards, done, _ = results
-        # Only this entry ends an episode: those of the agents say who is dead, and after a win the
-        # survivors' are False.
-        step_type = jnp.where(done["__all__"], StepType.LAST, StepType.MID)
-        timestep = self.make_timestep(step_type, obs, game_state, rewards)
-        return JaxMarlState(following_key(state.key), game_state), timestep
-
-    def make_timestep(self, step_type, obs: dict, game_state: Any, rewards: dict) -> TimeStep:
-        """The timestep of a state; at a time limit the discount is 1, which makes a truncation."""
-        agents_view = jnp.stack([obs[agent] for agent in self.game.agents])
-        observation = VectorObservation(agents_view, self.action_mask(game_state))
-        return TimeStep(
-            step_type=step_type,
-            reward=self.reward(rewards),
-            discount=1.0 - self.terminated(game_state),
-            observation=observation,
-            extras=self.extras(game_state),
-        )
-
-    def animate(
-        self, states: Sequence[JaxMarlState], interval: int = 200, save_path: str = ""
-    ) -> FuncAnimation:
-        """Draws a frame per unbatched state, for `interval` ms each; save_path: file for a GIF."""
-        game_states = [jax.tree.map(np.asarray, state.game_state) for state in states]
-        figure, draw = self.drawing(game_states)
-        figure.set_size_inches(8, 8)
-        animation = FuncAnimation(figure, draw, frames=len(states), interval=interval)
-        if save_path:
-            animation.save(save_path, writer=PillowWriter(fps=1000 / interval))
-        pyplot.close(figure)
-        return animation
-
-    @functools.cached_property
-    def observation_spec(self) -> specs.Spec:
-        """Spec of `VectorObservation`."""
-        (num_features,) = self.game.observation_spaces[self.game.agents[0]].shape
-        view = specs.Array((self.num_agents, num_features), jnp.float32, "agents_view")
-        mask_shape = (self.num_agents, self.num_actions)
-        mask = specs.BoundedArray(mask_shape, bool, False, True, "action_mask")
-        fields = {"agents_view": view, "action_mask": mask}
-        return specs.Spec(VectorObservation, "ObservationSpec", **fields)
-
-
-def following_key(key: jax.Array) -> jax.Array:
-    """A key for the next step, other than the two into which JaxMARL splits `key` itself.
-
-    Those are what folding in 0 and 1 gives.
-    """
-    return jax.random.fold_in(key, 2)
-
-
 # -------------------- SMAX ------------------------------------------------------------------------
 def make_smax(scenario: str) -> Environment:
     """SMAX against the heuristic enemy on a map, e.g. 2s3z; "": 5 marines on each side."""
@@ -416,82 +299,6 @@ def make_smax(scenario: str) -> Environment:
         attack_mode="closest",
     )
     return Smax(game)
-
-
-class Smax(JaxMarl):
-    """The allies of SMAX; the enemies belong to the environment.
-
-    - action: (N,) int32, 0 up, 1 right, 2 down, 3 left, 4 stop, 5 + j shoot at enemy j
-    - reward: () float32, the share of the enemies' health that the step took, and 1 for a win
-    - the episode terminates when one side is dead, and is cut off after `time_limit` steps
-    - a dead agent sees zeros, can only stop, and has the team's reward like all others
-    """
-
-    def __init__(self, game: Any):
-        """game: JaxMARL's HeuristicEnemySMAX."""
-        super().__init__(game, game.num_ally_actions)
-
-    @functools.cached_property
-    def action_spec(self) -> specs.MultiDiscreteArray:
-        """Spec of the action: (N,) int32, each within 0..A-1."""
-        return specs.MultiDiscreteArray(jnp.full(self.num_agents, self.num_actions, jnp.int32))
-
-    def action_mask(self, game_state: Any) -> jax.Array:
-        """(N, A) bool."""
-        legal = self.game.get_avail_actions(game_state)
-        return jnp.stack([legal[agent] for agent in self.game.agents]).astype(bool)
-
-    def reward(self, rewards: dict) -> jax.Array:
-        """() float32: the team's reward, which the game gives to every ally."""
-        return rewards[self.game.agents[0]]
-
-    def survivors(self, game_state: Any) -> tuple[jax.Array, jax.Array]:
-        """() bool each: is an ally alive, is an enemy alive?"""
-        alive = game_state.state.unit_alive  # the allies first
-        return jnp.any(alive[: self.num_agents]), jnp.any(alive[self.num_agents :])
-
-    def terminated(self, game_state: Any) -> jax.Array:
-        """() bool: one side is dead."""
-        ally, enemy = self.survivors(game_state)
-        return ~ally | ~enemy
-
-    def extras(self, game_state: Any) -> dict:
-        """won: only the enemies are dead, the very case in which the last reward is at least 1."""
-        ally, enemy = self.survivors(game_state)
-        return {"won": ally & ~enemy}
-
-    def drawing(self, game_states: list) -> tuple[Figure, Callable]:
-        """One frame per step; JaxMARL's own drawing takes about 10 s for each."""
-        figure = Figure()
-        positions = np.concatenate([game_state.state.unit_positions for game_state in game_states])
-        low, high = positions.min(axis=0), positions.max(axis=0)
-        middle, reach = (low + high) / 2, np.max(high - low) / 2 + 1
-        limits = np.stack([middle - reach, middle + reach], axis=1)  # of x and y, the same scale
-        return figure, lambda frame: self.draw(figure, limits, game_states[frame].state)
-
-    def draw(self, figure: Figure, limits: np.ndarray, state: Any) -> None:
-        """Units as circles, allies in blue, paler with less health, and lines to their targets."""
-        figure.clear()
-        ax = figure.add_axes((0, 0, 1, 1))
-        ax.set(xlim=limits[0], ylim=limits[1], xticks=[], yticks=[])
-        ax.set_title(f"step {state.step}", y=0.95)
-        share = state.unit_health / np.asarray(self.game.unit_type_health)[state.unit_types]
-        for unit in np.flatnonzero(state.unit_alive):
-            is_ally = unit < self.num_agents
-            color = "tab:blue" if is_ally else "tab:red"
-            position = state.unit_positions[unit]
-            kind = state.unit_types[unit]  # whose initial is drawn, e.g. s for a stalker
-            radius = self.game.unit_type_radiuses[kind]
-            ax.add_patch(Circle(position, radius, facecolor="white", edgecolor=color))
-            ax.add_patch(Circle(position, radius, color=color, alpha=share[unit]))
-            letter = self.game.unit_type_shorthands[kind]
-            ax.text(*position, letter, fontsize=14, ha="center", va="center")
-            # Below 0 if it does not shoot; an enemy counts the allies from the last one down.
-            shot = state.prev_attack_actions[unit] - self.game.num_movement_actions
-            if shot >= 0:
-                target = self.num_agents + shot if is_ally else self.num_agents - 1 - shot
-                ends = np.stack([position, state.unit_positions[target]], axis=1)
-                ax.plot(*ends, color=color, linewidth=1, zorder=0)
 
 
 # -------------------- Multi-particle environments (MPE) -------------------------------------------
@@ -512,68 +319,10 @@ def make_spread(scenario: str) -> Environment:
         local_ratio=0.5,
         action_type="Continuous",
     )
-    return Spread(game)
-
-
-class Spread(JaxMarl):
-    """Agents that should cover the landmarks, and not bump into each other.
-
-    - action: (N, 5) float32 within -1..1, of which 1 to 4 push to the left, right, down and up
-    - reward: (N,) float32, for each agent half of the team's and half of its own, which is -1 for
-      each agent it touches
-    - the episode never terminates, and is cut off after `time_limit` steps
-
-    D16: actions between -1 and 1 go to the game as they are. It announces 0..1, but does not clip:
-    (0, -1, 1, -1, 1) is a force of (10, 10), twice the largest within 0..1.
-    """
-
-    own_rewards = True
-
-    def __init__(self, game: Any):
-        """game: JaxMARL's SimpleSpreadMPE with continuous actions."""
-        super().__init__(game, num_actions=5)
-
-    @functools.cached_property
-    def action_spec(self) -> specs.BoundedArray:
-        """Spec of the action: (N, 5) float32."""
-        return specs.BoundedArray((self.num_agents, self.num_actions), jnp.float32, -1.0, 1.0)
-
-    @functools.cached_property
-    def reward_spec(self) -> specs.Array:
-        """Spec of the reward: (N,) float32."""
-        return specs.Array((self.num_agents,), jnp.float32, "reward")
-
-    def action_mask(self, game_state: Any) -> jax.Array:
-        """(N, 5) bool: continuous actions are all legal."""
-        return jnp.ones((self.num_agents, self.num_actions), bool)
-
-    def reward(self, rewards: dict) -> jax.Array:
-        """(N,) float32: each agent's own."""
-        return jnp.stack([rewards[agent] for agent in self.game.agents])
-
-    def terminated(self, game_state: Any) -> jax.Array:
-        """() bool: never."""
-        return jnp.zeros((), bool)
-
-    def extras(self, game_state: Any) -> dict:
-        """Nothing: there is no way to win."""
-        return {}
-
-    def drawing(self, game_states: list) -> tuple[Figure, Callable]:
-        """JaxMARL's own."""
-        from jaxmarl.environments.mpe import MPEVisualizer
-
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints whether the agents talk
-            visualizer = MPEVisualizer(self.game, game_states)
-        return visualizer.fig, visualizer.update
+    return Spread(game, own_rewards=True)
 
 
 # -------------------- What no agent sees ----------------------------------------------------------
-def flat(*parts: jax.Array) -> jax.Array:
-    """Arrays of any shape, numbers or bool -> (S,) float32."""
-    return jnp.concatenate([jnp.ravel(part).astype(jnp.float32) for part in parts])
-
-
 def coordsum_state(env: Environment, state: Any) -> jax.Array:
     """How often agent 0 has played each action for this target, as a share of the episode, and what
     the observer is going to guess, one-hot: 2 A numbers."""
@@ -652,7 +401,7 @@ def make_trainable(env_id: str, scenario: str = "") -> Environment:
 def import_module_of(env_id: str) -> str:
     """Imports the module of `module:Id-v0`, which registers the id, like Gymnasium -> `Id-v0`."""
     match = re.fullmatch(r"(\w+(?:\.\w+)*):(.+)", env_id)
-    if match is None:
+    if match is None or match[1] == "jaxmarl":
         return env_id
     module, name = match.groups()
     sys.path.append(os.getcwd())
@@ -665,202 +414,6 @@ def import_module_of(env_id: str) -> str:
     if name not in jumanji.registered_environments():
         raise TaskError(f"--env-id {env_id}: {module} does not register {name} with Jumanji")
     return name
-
-
-def is_continuous(env: Environment) -> bool:
-    """True for actions of floats within finite bounds, a row for each agent: (N, A)."""
-    spec = env.action_spec
-    if not isinstance(spec, specs.BoundedArray) or len(spec.shape) != 2:
-        return False
-    bounds = np.broadcast_arrays(spec.minimum, spec.maximum)
-    return jnp.issubdtype(spec.dtype, jnp.floating) and bool(np.all(np.isfinite(bounds)))
-
-
-def check(env_id: str, env: Environment) -> None:
-    """TaskError if an environment lacks what training needs."""
-    _, timestep = jax.eval_shape(env.reset, jax.random.PRNGKey(0))
-    observation = timestep.observation
-    discrete = isinstance(env.action_spec, specs.MultiDiscreteArray)
-    needed = ("agents_view", "action_mask") if discrete else ("agents_view",)
-    missing = [field for field in needed if not hasattr(observation, field)]
-    if missing:
-        raise TaskError(f"--env-id {env_id}: its observation has no {' and no '.join(missing)}")
-    one_each = discrete and len(env.action_spec.shape) == 1
-    if not (one_each or is_continuous(env)):
-        needs = "one discrete action per agent, a MultiDiscreteArray (N,), or continuous ones,"
-        needs += " a BoundedArray (N, A) of floats with finite bounds, not "
-        needs += " ".join(str(env.action_spec).split())  # bounds may take several lines
-        raise TaskError(f"--env-id {env_id}: needs {needs}")
-    view_shape = observation.agents_view.shape
-    mask_shape = observation.action_mask.shape if discrete else env.action_spec.shape
-    if len(mask_shape) != 2 or view_shape[:1] != mask_shape[:1]:
-        name = "action_mask" if discrete else "action_spec"
-        needs = f"agents_view (N, ...) and {name} (N, A), not {view_shape} and {mask_shape}"
-        raise TaskError(f"--env-id {env_id}: needs {needs}")
-    bounds = getattr(env.observation_spec, "agents_view", None)
-    if isinstance(bounds, specs.BoundedArray) and bounds.shape != view_shape:
-        differs = f"{bounds.shape} in its spec and {view_shape} in a reset"
-        raise TaskError(f"--env-id {env_id}: agents_view is {differs}")
-    if discrete:
-        check_mask(env_id, env, observation.action_mask)
-
-
-def check_mask(env_id: str, env: Environment, mask: jax.ShapeDtypeStruct) -> None:
-    """TaskError if the action_mask is not of the actions that the spec has, by agent (N,)."""
-    num_values = np.asarray(env.action_spec.num_values)
-    shape = (len(num_values), int(num_values.max()))
-    if mask.shape != shape or mask.dtype != bool:
-        needs = f"{shape} of bool, as its action_spec has, not {mask.shape} of {mask.dtype}"
-        raise TaskError(f"--env-id {env_id}: its action_mask must be {needs}")
-    if np.any(num_values != num_values.max()):
-        _, timestep = jax.jit(env.reset)(jax.random.PRNGKey(0))
-        beyond = np.arange(num_values.max()) >= num_values[:, None]
-        if np.any(beyond & np.asarray(timestep.observation.action_mask)):
-            raise TaskError(
-                f"--env-id {env_id}: its action_mask must be False beyond an agent's own actions, "
-                f"of which its action_spec has {num_values.tolist()}"
-            )
-
-
-def check_step(env_id: str, env: Environment) -> None:
-    """TaskError if a step does not give what a reset gives, for training puts one in place of the
-    other. Errors of the environment itself show up here."""
-
-    def describe(state, timestep):
-        names = ("observation", "reward", "discount", "extras")
-        parts = {"state": state, **{name: getattr(timestep, name) for name in names}}
-        leaves = jax.tree_util.tree_leaves_with_path(parts)
-        return {
-            jax.tree_util.keystr(path, simple=True, separator="."): f"{x.dtype}{list(x.shape)}"
-            for path, x in leaves
-        }
-
-    state, timestep = jax.eval_shape(env.reset, jax.random.PRNGKey(0))
-    shape = env.action_spec.shape
-    action = jax.ShapeDtypeStruct(shape, jnp.int32 if len(shape) == 1 else jnp.float32)
-    of_reset = describe(state, timestep)
-    of_step = describe(*jax.eval_shape(env.step, state, action))
-    for name in of_reset | of_step:
-        first, then = (x.get(name, "nothing") for x in (of_reset, of_step))
-        if first != then:
-            raise TaskError(f"--env-id {env_id}: {name} is {first} in a reset, {then} in a step")
-
-
-def feature_scale(env: Environment) -> tuple[jax.Array, jax.Array]:
-    """Mean and std of features with bounds, were all numbers between as frequent; 0 and 1 for all
-    others. Images without bounds, views of uint8, are taken for 0 and 255.
-    """
-    spec = getattr(env.observation_spec, "agents_view", None)
-    lowest = jnp.float32(getattr(spec, "minimum", -math.inf))
-    reach = (jnp.float32(getattr(spec, "maximum", math.inf)) - lowest) / 2
-    is_bounded = (reach >= 0) & (reach < 1e8)  # larger numbers are no bounds
-    std = jnp.where(reach > 0, reach / math.sqrt(3), 1)
-    _, timestep = jax.eval_shape(env.reset, jax.random.PRNGKey(0))
-    is_image = timestep.observation.agents_view.dtype == jnp.uint8
-    if is_image and not isinstance(spec, specs.BoundedArray):
-        return jnp.float32(0), jnp.float32(255)
-    return jnp.where(is_bounded, lowest + reach, 0), jnp.where(is_bounded, std, 1)
-
-
-def is_typed_key(leaf: jax.Array) -> bool:
-    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def kind_of(leaf: jax.Array) -> Any:
-    """The type in which numpy can hold an array: uint32 for typed keys, float32 for bfloat16."""
-    if is_typed_key(leaf):
-        return jnp.uint32
-    return leaf.dtype if leaf.dtype.kind != "V" else jnp.float32
-
-
-class Adapter(Wrapper):
-    """An environment as the scripts expect it.
-
-    D1: features with bounds, in the spec of agents_view, are told with mean 0 and std 1, as if all
-    numbers between were as frequent; others as they are. A network may begin with a norm, in which
-    a large feature drowns the rest.
-    An agent without any legal action has action 0 as its only one.
-    D17: continuous actions u are any real numbers, of which the environment does tanh(u), scaled to
-    the bounds. The derivative of tanh is the same for two policies, so it cancels in their ratios
-    and KLs, and nothing overflows where tanh saturates. All of them are legal in the action_mask.
-    State that numpy cannot hold, such as keys of jax.random.key and bfloat16, is kept as what it
-    can hold, so that it can be saved.
-    """
-
-    def __init__(self, env: Environment):
-        super().__init__(env)
-        self.continuous = is_continuous(env)
-        self.own_spec = env.action_spec  # some make it anew each time, which fails inside jit
-        self.mean, self.std = feature_scale(env)
-
-        def note(key):
-            state = jax.tree.map(jnp.asarray, env.reset(key)[0])  # Python's numbers, too
-            # Of typed keys the name of their implementation, which only keys tell, not shapes.
-            self.kinds = [
-                jax.random.key_impl(leaf) if is_typed_key(leaf) else leaf.dtype
-                for leaf in jax.tree.leaves(state)
-            ]
-            return state
-
-        jax.eval_shape(note, jax.random.PRNGKey(0))
-
-    def pack(self, state: Any) -> Any:
-        """The environment's own state -> state that numpy can hold."""
-        state = jax.tree.map(jnp.asarray, state)
-        state = jax.tree.map(
-            lambda leaf: jax.random.key_data(leaf) if is_typed_key(leaf) else leaf, state
-        )
-        return jax.tree.map(lambda leaf: jnp.asarray(leaf, kind_of(leaf)), state)
-
-    def unpack(self, state: Any) -> Any:
-        """What `pack` gave -> the environment's own state."""
-        leaves, structure = jax.tree.flatten(state)
-        own = [
-            jax.random.wrap_key_data(leaf, impl=kind)
-            if isinstance(kind, str)
-            else leaf.astype(kind)
-            for leaf, kind in zip(leaves, self.kinds)
-        ]
-        return jax.tree.unflatten(structure, own)
-
-    def reset(self, key: jax.Array) -> tuple[Any, TimeStep]:
-        """Starts an episode."""
-        state, timestep = self._env.reset(key)
-        return self.pack(state), self.adapt(timestep)
-
-    def step(self, state: Any, action: jax.Array) -> tuple[Any, TimeStep]:
-        """action: (N,) int32, or u (N, A) float32."""
-        if self.continuous:
-            lowest, highest = self.own_spec.minimum, self.own_spec.maximum
-            action = (highest + lowest) / 2 + (highest - lowest) / 2 * jnp.tanh(action)
-        state, timestep = self._env.step(self.unpack(state), action)
-        return self.pack(state), self.adapt(timestep)
-
-    def adapt(self, timestep: TimeStep) -> TimeStep:
-        """The timestep with `VectorObservation`."""
-        view = (timestep.observation.agents_view - self.mean) / self.std
-        if self.continuous:
-            mask = jnp.ones(self.own_spec.shape, bool)
-        else:
-            mask = timestep.observation.action_mask
-            mask = mask.at[:, 0].max(~jnp.any(mask, axis=-1))
-        return timestep.replace(observation=VectorObservation(view, mask))
-
-    @property
-    def global_state(self) -> Callable:
-        """The environment's own `global_state`, for states of this one."""
-        global_state = self._env.global_state
-        return lambda state: global_state(self.unpack(state))
-
-    @property
-    def animate(self) -> Callable | None:
-        """The environment's own `animate`, for states of this one."""
-        animate = self._env.animate
-        if animate is None:  # it cannot be drawn
-            return None
-        return lambda states, *args, **kwargs: animate(
-            [self.unpack(state) for state in states], *args, **kwargs
-        )
 
 
 # -------------------- All of them -----------------------------------------------------------------

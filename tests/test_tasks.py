@@ -13,6 +13,7 @@ import pytest
 from jumanji import specs
 from PIL import Image
 
+import adapters
 import tasks
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -307,10 +308,10 @@ def test_key_of_the_next_step():
     """The key that a step or reset leaves is none of those that JaxMARL draws with."""
     key = jax.random.PRNGKey(3)
     drawn = [key, *jax.random.split(key), *jax.random.split(key, 3)[:2]]
-    assert not any(np.array_equal(tasks.following_key(key), other) for other in drawn)
-    assert not np.array_equal(tasks.following_key(key), tasks.following_key(drawn[1]))
+    assert not any(np.array_equal(adapters.following_key(key), other) for other in drawn)
+    assert not np.array_equal(adapters.following_key(key), adapters.following_key(drawn[1]))
     state, _ = make(SPREAD, "simple_spread_3ag").reset(key)
-    assert np.array_equal(state.key, tasks.following_key(key))
+    assert np.array_equal(state.key, adapters.following_key(key))
 
 
 # --------------------------------------------------------------------------------------------- SMAX
@@ -364,7 +365,7 @@ def test_smax_defeat(smax):
     assert result(timestep) == (True, False, 0)
     assert timestep.reward < 1
     nobody = arranged(state, {}, {}).game_state
-    assert env.terminated(nobody) and not env.extras(nobody)["won"]
+    assert env.ends_anyway(state, {}, nobody) and not env.extras(nobody, {})["won"]
 
 
 def test_smax_time_limit(smax):
