@@ -429,7 +429,15 @@ class JaxMarl(Environment):
         shape = (self.num_agents,) if self.own_rewards else ()
         return specs.Array(shape, jnp.float32, "reward")
 
-    def animate(
+    # Of states of the game a figure, and a function that draws the state of an index into it.
+    drawing = None
+
+    @property
+    def animate(self) -> Callable | None:
+        """`make_gif`, for games that can be drawn."""
+        return self.make_gif if self.drawing else None
+
+    def make_gif(
         self, states: Sequence[JaxMarlState], interval: int = 200, save_path: str = ""
     ) -> FuncAnimation:
         """Draws a frame per unbatched state, for `interval` ms each; save_path: file for a GIF."""
@@ -548,30 +556,24 @@ class Spread(Mpe):
 
 
 class Overcooked(JaxMarl):
-    """Two cooks, or more; both versions, which draw themselves each in their own way."""
+    """Two cooks in a kitchen. (Those of the second version could be drawn with a package more.)"""
 
     def drawing(self, game_states: list) -> tuple[Figure, Callable]:
-        """JaxMARL's own pictures, a still of each state."""
-        if hasattr(game_states[0], "maze_map"):
-            from jaxmarl.viz.overcooked_visualizer import OvercookedVisualizer
+        """JaxMARL's own pictures."""
+        from jaxmarl.viz.overcooked_visualizer import OvercookedVisualizer
 
-            edge = self.game.agent_view_size - 2  # of the board, around the kitchen
+        edge = self.game.agent_view_size - 2  # of the board, around the kitchen
 
-            def picture(state):
-                kitchen = state.maze_map[edge:-edge, edge:-edge]
-                who = {"agent_dir_idx": state.agent_dir_idx, "agent_inv": state.agent_inv}
-                return OvercookedVisualizer._render_grid(kitchen, highlight_mask=None, **who)
+        def picture(state):
+            kitchen = state.maze_map[edge:-edge, edge:-edge]
+            cooks = {"agent_dir_idx": state.agent_dir_idx, "agent_inv": state.agent_inv}
+            return OvercookedVisualizer._render_grid(kitchen, highlight_mask=None, **cooks)
 
-        else:
-            from jaxmarl.viz.overcooked_v2_visualizer import OvercookedV2Visualizer
-
-            artist = OvercookedV2Visualizer()
-            picture = functools.partial(artist._render_state, agent_view_size=None)
         figure = Figure()
         ax = figure.add_axes((0, 0, 1, 1))
         ax.axis("off")
-        image = ax.imshow(np.asarray(picture(game_states[0])))
-        return figure, lambda frame: image.set_data(np.asarray(picture(game_states[frame])))
+        image = ax.imshow(picture(game_states[0]))
+        return figure, lambda frame: image.set_data(picture(game_states[frame]))
 
 
 class SwitchRiddle(JaxMarl):
@@ -643,7 +645,7 @@ GAMES = {  # the cooperative ones: what adapts them, and what a scenario is
     "HeuristicEnemySMAX": (Smax, by_map),
     "hanabi": (JaxMarl, by_number),
     "overcooked": (Overcooked, by_kitchen),
-    "overcooked_v2": (Overcooked, by_kitchen_v2),
+    "overcooked_v2": (JaxMarl, by_kitchen_v2),
     "jaxnav": (JaxNav, by_number),
 }
 BRAX = ("ant_4x2", "halfcheetah_6x1", "hopper_3x1", "humanoid_9|8", "walker2d_2x3")
@@ -687,7 +689,7 @@ def make_jaxmarl(env_id: str, scenario: str) -> Environment:
         if name in OWN_REWARDS and not own:
             raise ValueError("pays its agents differently, --scenario=-own trains each on its own")
         adapter, options_of = GAMES.get(name, (JaxMarl, by_nothing))
-        if shaped and adapter is not Overcooked:
+        if shaped and not name.startswith("overcooked"):
             raise ValueError("gives no hints that -shaped could add to its reward")
         options = options_of(variant)
         if name == "jaxnav":

@@ -1,4 +1,4 @@
-"""Tests of adapters.py: JaxMARL's games against JaxMARL itself, and Jumanji's for several agents."""
+"""Tests of adapters.py: JaxMARL's games against JaxMARL itself, Jumanji's for several agents."""
 
 import functools
 import importlib
@@ -38,8 +38,8 @@ def is_slow(*game):
     is_slow("jaxnav", "own", 30), is_slow("HeuristicEnemySMAX", "3m", 102),
 ])
 def test_as_jaxmarl_has_it(name, scenario, num_steps):
-    """Observations, masks, rewards and ends are those of JaxMARL's own steps, with the same keys and
-    actions, over more than an episode's length."""
+    """Observations, masks, rewards and ends are those of JaxMARL's own steps, with the same keys
+    and actions."""
     env = make(name, scenario)
     game, agents = env.game, env.agents
     state, timestep = jax.jit(env.reset)(jax.random.PRNGKey(1))
@@ -81,7 +81,7 @@ def test_ends():
     step = jax.jit(env.step)
     state, _ = env.reset(jax.random.PRNGKey(0))
     wait, tell = np.zeros(3, int), np.full(3, env.game.game_actions["TELL"])
-    late = state.game_state.replace(step=env.game.max_steps - 2)
+    late = state.game_state.replace(step=env.game.max_steps - 1)
     everybody = state.game_state.replace(has_been=jnp.ones(3, int))
     for game_state, action, discount, reward, last, won in [
         (state.game_state, wait, 1, 0, False, False), (late, wait, 1, 0, True, False),
@@ -138,9 +138,9 @@ class Game:
 
     def step_env(self, key, state, actions):
         step = state["step"] + 1
-        done = {"__all__": step >= 3}
         paid = {agent: 1.0 * actions[agent] for agent in self.agents}
-        return self.reset(key)[0], {"step": step}, paid, done, {"shaped_reward": {"a": 3.0, "b": 5.0}}
+        info = {"shaped_reward": {"a": 3.0, "b": 5.0}}
+        return self.reset(key)[0], {"step": step}, paid, {"__all__": step >= 3}, info
 
 
 @pytest.mark.parametrize("options, action, reward, true", [
@@ -172,7 +172,7 @@ def test_views_of_one_length():
     assert view.dtype == jnp.float32
 
 
-# ------------------------------------------------------------------------------- Jumanji's and files
+# ------------------------------------------------------------------------------ Jumanji's and files
 def test_jumanji_views():
     """What each agent sees of Jumanji's games: what all share, and its own place or rays."""
     env = tasks.make("Cleaner-v0")
@@ -185,7 +185,8 @@ def test_jumanji_views():
     env = tasks.make("SearchAndRescue-v0")
     rays = jnp.arange(12.0).reshape(2, 2, 3)
     seen = types.SimpleNamespace(searcher_views=rays, targets_remaining=0.5)
-    np.testing.assert_array_equal(env.view(seen), [[0, 1, 2, 3, 4, 5, 0.5], [6, 7, 8, 9, 10, 11, 0.5]])
+    expected = [[0, 1, 2, 3, 4, 5, 0.5], [6, 7, 8, 9, 10, 11, 0.5]]
+    np.testing.assert_array_equal(env.view(seen), expected)
     env = tasks.make("MultiCVRP-v0")
     _, timestep = jax.jit(env.reset)(jax.random.PRNGKey(0))
     view = timestep.observation.agents_view
