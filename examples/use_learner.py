@@ -101,7 +101,7 @@ def main():
     try:
         script, args = load_script(folder)
         env = script.make_env(args.env_id, args.scenario)
-        learner, params = load_learner(script, args, env, folder / "learner.safetensors")
+        learner, params = load_learner(script, args, env, folder / "best_learner.safetensors")
     except Exception as error:  # a damaged file may raise about any
         reason = str(error).partition("\n")[0]
         print(f"use_learner.py: error: {folder}: {reason}", file=sys.stderr)

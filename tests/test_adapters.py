@@ -44,7 +44,8 @@ def test_as_jaxmarl_has_it(name, scenario, num_steps):
     game, agents = env.game, env.agents
     state, timestep = jax.jit(env.reset)(jax.random.PRNGKey(1))
     obs, game_state = game.reset(jax.random.PRNGKey(1))
-    step, rng, ends = jax.jit(env.step), np.random.default_rng(0), 0
+    step, game_step = jax.jit(env.step), jax.jit(game.step_env)
+    rng, ends = np.random.default_rng(0), 0
     for _ in range(num_steps):
         view, mask = map(np.asarray, timestep.observation)
         for j, agent in enumerate(agents):
@@ -60,7 +61,7 @@ def test_as_jaxmarl_has_it(name, scenario, num_steps):
             action = np.array([rng.choice(np.flatnonzero(row)) for row in mask])
         idle = {agent: np.zeros(env.action_spec.shape[1:]) for agent in game.agents}
         actions = idle | dict(zip(agents, action))
-        obs, game_state, rewards, done, info = game.step_env(state.key, state.game_state, actions)
+        obs, game_state, rewards, done, info = game_step(state.key, state.game_state, actions)
         state, timestep = step(state, action)
         paid = np.array([rewards[agent] for agent in agents])
         hints = [info["shaped_reward"][agent] for agent in agents] if "shaped" in scenario else [0]

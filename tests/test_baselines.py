@@ -107,7 +107,7 @@ def test_enjoy(call, tmp_path):
     assert len(states) == 4
     for tree in params.values():  # agents start with networks of their own
         assert not np.allclose(*tree["params"]["Dense_0"]["kernel"])
-    options = dataclasses.replace(options, greedy=True, max_frames=101)
+    options = dataclasses.replace(options, which="best", greedy=True, max_frames=101)
     _, total = enjoy.play_episode(options, *enjoy.load_team(options)[1:])
     assert call(use_learner, tmp_path)[1] == f"100 steps, return {total:.3f}\n"
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import random_obs, scripts_with, slow
+from conftest import random_obs, read_rows, scripts_with, slow
 from flax.traverse_util import flatten_dict
 from PIL import Image
 from safetensors.numpy import save_file
@@ -197,3 +197,26 @@ def test_learner_of_a_copy(call, tmp_path):
         status, _, err = call(example, tmp_path / "runs" / "one")
         assert status == 2 and len(err.splitlines()) == 1
         assert "deeper.py" in err and str(tmp_path) in err and str(ROOT) in err
+
+
+# ------------------------------------------------------------------------------------------ the zoo
+ZOO = sorted(path.parent for path in (ROOT / "zoo").glob("*/args.json"))
+
+
+@pytest.mark.parametrize("folder", [
+    pytest.param(folder, id=folder.name, marks=[] if "10=10" in folder.name else pytest.mark.slow)
+    for folder in ZOO])
+def test_zoo(folder, call):
+    """Each trained learner can be loaded and plays an episode, and so does its guider."""
+    best = max(row["eval/learner_return"] for row in read_rows(folder))
+    status, out, _ = call(enjoy, folder, "--episodes", 32)
+    assert status is None and out.startswith("mean return: ")
+    assert abs(float(out.split()[2]) - best) < 0.2 * abs(best)
+    assert call(enjoy, folder, "--guider", "--episodes", 2)[0] is None
+    assert call(use_learner, folder)[0] is None
+
+
+def test_zoo_is_whole():
+    """Nine runs, which take little room."""
+    files = [path for path in (ROOT / "zoo").rglob("*") if path.is_file()]
+    assert len(ZOO) == 9 and sum(path.stat().st_size for path in files) < 3e6
