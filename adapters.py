@@ -452,11 +452,9 @@ class JaxMarl(Environment):
 
 
 def following_key(key: jax.Array) -> jax.Array:
-    """A key for the next step, other than the two into which JaxMARL splits `key` itself.
-
-    Those are what folding in 0 and 1 gives.
-    """
-    return jax.random.fold_in(key, 2)
+    """A key for the next step, other than those into which JaxMARL splits `key` itself, which are
+    what folding in 0, 1, 2, .. gives."""
+    return jax.random.fold_in(key, 2**31)
 
 
 class Smax(JaxMarl):
@@ -599,11 +597,11 @@ def by_nothing(variant: str) -> dict:
     return {}
 
 
-def by_number(variant: str) -> dict:
+def by_number(most: int, variant: str) -> dict:
     """Nag, for N agents."""
-    match = re.fullmatch(r"([0-9]{1,3})ag", variant or "0ag")
-    if match is None:
-        raise ValueError("a scenario is Nag, for N agents, e.g. 3ag")
+    match = re.fullmatch(r"([1-9][0-9]?)ag", variant or "1ag")
+    if match is None or int(match[1]) > most:
+        raise ValueError(f"a scenario is Nag, for N agents, at most {most}, e.g. 3ag")
     return {"num_agents": int(match[1])} if variant else {}
 
 
@@ -641,12 +639,12 @@ GAMES = {  # the cooperative ones: what adapts them, and what a scenario is
     "MPE_simple_facmac_3a_v1": (Mpe, by_nothing),
     "MPE_simple_facmac_6a_v1": (Mpe, by_nothing),
     "MPE_simple_facmac_9a_v1": (Mpe, by_nothing),
-    "switch_riddle": (SwitchRiddle, by_number),
+    "switch_riddle": (SwitchRiddle, functools.partial(by_number, 99)),
     "HeuristicEnemySMAX": (Smax, by_map),
-    "hanabi": (JaxMarl, by_number),
+    "hanabi": (JaxMarl, functools.partial(by_number, 5)),
     "overcooked": (Overcooked, by_kitchen),
     "overcooked_v2": (JaxMarl, by_kitchen_v2),
-    "jaxnav": (JaxNav, by_number),
+    "jaxnav": (JaxNav, functools.partial(by_number, 40)),  # many more find no place to start
 }
 BRAX = ("ant_4x2", "halfcheetah_6x1", "hopper_3x1", "humanoid_9|8", "walker2d_2x3")
 GAMES |= dict.fromkeys(BRAX, (JaxMarl, by_nothing))
@@ -677,9 +675,9 @@ def make_jaxmarl(env_id: str, scenario: str) -> Environment:
         TaskError: on a game or a scenario that cannot be had, with the reason.
     """
     name = env_id.removeprefix("jaxmarl:")
-    words = scenario.split("-")
-    variant = "-".join(word for word in words if word not in ("own", "shaped"))
-    own, shaped = "own" in words, "shaped" in words
+    alone = scenario in ("own", "shaped", "shaped-own")  # without the - before it
+    variant, shaped, own = re.fullmatch("(.*?)(-shaped)?(-own)?", "-" * alone + scenario).groups()
+    own, shaped = bool(own), bool(shaped)
     try:
         jaxmarl = import_jaxmarl()
         if name in REFUSED:
@@ -744,31 +742,34 @@ class View(Wrapper):
 
 
 class CleanerView(View):
-    """Each agent sees which tiles are dirty, which are walls, and where it and all others are."""
+    """Each agent sees which tiles are dirty, which are walls, where it and all others are, and how
+    much of the time has passed, because the game terminates when it is up."""
 
     def view(self, observation: Any) -> jax.Array:
-        """(N, 2 G + 2 + 2 N) float32, of G tiles; places as shares of the board."""
+        """(N, 2 G + 3 + 2 N) float32, of G tiles; places as shares of the board."""
         grid, places = observation.grid, observation.agents_locations
-        board = flat(grid == 0, grid == 2)  # jumanji.environments.routing.cleaner.constants
+        time = observation.step_count / self._env.time_limit
+        board = flat(grid == 0, grid == 2, time)  # jumanji.environments.routing.cleaner.constants
         places = places / jnp.array(grid.shape)
         return jax.vmap(lambda place: flat(board, place, places))(places)
 
 
 class SearchAndRescueView(View):
-    """Each agent sees the distances along its rays, and how many targets are left."""
+    """Each agent sees the distances along its rays, how many targets are left, and how much of the
+    time has passed, because the game terminates when it is up."""
 
     def view(self, observation: Any) -> jax.Array:
-        """(N, C R + 1) float32, of C kinds of things on R rays."""
-        remaining = observation.targets_remaining
-        return jax.vmap(lambda rays: flat(rays, remaining))(observation.searcher_views)
+        """(N, C R + 2) float32, of C kinds of things on R rays."""
+        shared = observation.targets_remaining, observation.step / self._env.time_limit
+        return jax.vmap(lambda rays: flat(rays, *shared))(observation.searcher_views)
 
 
 class MultiCvrpView(View):
     """Each vehicle sees all customers, itself, and all vehicles."""
 
     def view(self, observation: Any) -> jax.Array:
-        """(N, 7 K + 4 + 4 N) float32, of K nodes, the depot first: capacities, times and places as
-        shares of the largest."""
+        """(N, 7 K + 4 + 4 N) float32, of K nodes, the depot first; capacities as shares of a full
+        one, times of the last window's end, places of the map."""
         env, vehicles = self._env, observation.vehicles
         demands = observation.nodes.demands / env._max_capacity
         windows, coeffs = observation.windows, observation.coeffs
