@@ -512,7 +512,7 @@ def train_iteration(args, env, learner, critic, state):
     mean += share * (pooled(target)[0] - mean)
     # The std of a Gaussian with this fourth moment: the std itself lets rare rewards tower above.
     fourth = pooled((target - mean) ** 4)[0] / 3
-    size = jnp.sqrt(jnp.sqrt((1 - share) * size**4 + share * fourth))
+    size = ((1 - share) * size**4 + share * fourth) ** 0.25
     value_scale = jnp.stack([mean, size])
     # The advantage is the target less the value: its variance is what the values do not explain.
     (center, unexplained), (_, total) = pooled(advantage), pooled(target)
@@ -742,7 +742,7 @@ def parse_args():
     with refusing(Exception, f"--resume {args.resume}: is no run of this {SCRIPT}: "):
         folder = Path(args.resume).resolve()
         about = json.loads((folder / "args.json").read_text())
-        if about["script"] != SCRIPT or "starts" not in about:
+        if about["script"] != SCRIPT or set(about["args"]) != set(vars(args)):
             raise ValueError(f"{about['script']} or an earlier version made it")
         of_the_run = Args(**about["args"])
     args = tyro.cli(Args, default=of_the_run)

@@ -62,7 +62,8 @@ def test_as_jaxmarl_has_it(name, scenario, options, num_steps):
         assert len(view) == len(mask) == len(agents) == env.action_spec.shape[0]
         for j, agent in enumerate(agents):
             own = np.ravel(obs[agent])
-            np.testing.assert_array_equal(view[j], np.pad(own, (0, view.shape[1] - len(own))))
+            padded = np.pad(own, (0, view.shape[1] - len(own)))
+            np.testing.assert_allclose(view[j], padded, rtol=1e-4, atol=1e-5)
         if name in ("hanabi", "HeuristicEnemySMAX"):
             tell = game.get_legal_moves if name == "hanabi" else game.get_avail_actions
             legal = tell(game_state)
