@@ -109,7 +109,6 @@ class Args:  # tyro shows the comment behind a flag as its help; [in brackets]: 
     gamma: float = 0.99  # discount per step
     gae_lambda: float = 0.95  # lambda of generalised advantage estimation
     clip_coef: float = 0.2  # epsilon: PPO's clip of the probability ratio [clip_eps]
-    advantage_floor: float = 0.2  # D21: least std of advantages, as a share of the targets'
     ent_coef: float = 0.01  # weight of the learner's entropy bonus
     vf_coef: float = 0.5  # weight of the value loss
     # The networks
@@ -389,12 +388,14 @@ def agent_loss(params, args, learner, critic, all_obs, mb, factor):
     value, _ = critic.apply(params["critic"], all_obs, mb.timestep, mb.hidden["critic"][:, 0])
     value = value[..., :1]
     log_prob = policy.log_prob(mb.action)  # (M, T, 1)
+    mean, std = pooled(mb.advantage)
+    advantage = (mb.advantage - mean) / (std + 1e-20)
 
     # STEP 2/3: the learner improves
     log_ratio = log_prob - mb.behaviour_log_prob
     ratio = jnp.exp(log_ratio)
     clipped_ratio = jnp.clip(ratio, 1 - args.clip_coef, 1 + args.clip_coef)
-    learner_policy_loss = ppo_loss(ratio, clipped_ratio, factor * mb.advantage)
+    learner_policy_loss = ppo_loss(ratio, clipped_ratio, factor * advantage)
     learner_entropy = jnp.mean(policy.entropy())
     loss = learner_policy_loss - args.ent_coef * learner_entropy
 
@@ -512,13 +513,9 @@ def train_iteration(args, env, learner, critic, state):
     mean += share * (pooled(target)[0] - mean)
     # The std of a Gaussian with this fourth moment: the std itself lets rare rewards tower above.
     fourth = pooled((target - mean) ** 4)[0] / 3
-    size = ((1 - share) * size**4 + share * fourth) ** 0.25
+    size = ((1 - share) * size**4 + share * fourth) ** 0.25 + 1e-20
     value_scale = jnp.stack([mean, size])
-    # The advantage is the target less the value: its variance is what the values do not explain.
-    (center, unexplained), (_, total) = pooled(advantage), pooled(target)
-    unit = jnp.maximum(unexplained, args.advantage_floor * total) + 1e-20
-    rollout = rollout._replace(
-        advantage=(advantage - center) / unit, target=(target - mean) / (size + 1e-20))
+    rollout = rollout._replace(advantage=advantage, target=(target - mean) / size)
     samples = tree.map(lambda x: rearrange(x, "t b ... -> b t ..."), rollout)
     # Sequences stay whole, (B, T, ..), each with the hidden states before its first step.
     samples = samples._replace(hidden=hidden)
@@ -545,9 +542,12 @@ def train_iteration(args, env, learner, critic, state):
     (params, opt_state), losses = lax.scan(update, carry, (indices, agents))
     state = TrainState(
         params, opt_state, state.env_state, state.hidden, key, value_scale, state.iteration + 1)
+
     losses["first_ratio"] = losses.pop("ratio")[0]  # 1 as long as acting and training agree
     metrics = {f"losses/{name}": jnp.mean(x) for name, x in losses.items()}
     metrics["charts/learning_rate"] = rate
+    # The advantage is the target less the value: its variance is what the values do not explain.
+    (_, unexplained), (_, total) = pooled(advantage), pooled(target)
     metrics["losses/explained_variance"] = 1 - jnp.square(unexplained / (total + 1e-20))
     ended = tree.map(lambda x: jnp.sum(x * rollout.last), rollout.after.episode)
     ended["episodes"] = jnp.sum(1.0 * rollout.last)
@@ -779,7 +779,7 @@ def check_args(args):
         if not holds:
             refuse(f"--{name.replace('_', '-')} {getattr(args, name)}: must be {rule}")
 
-    may_be_0 = "seed ent_coef vf_coef gamma gae_lambda advantage_floor".split()
+    may_be_0 = "seed ent_coef vf_coef gamma gae_lambda".split()
     for name, value in vars(args).items():
         if type(value) in (int, float):
             highest = 1 if name in ("gamma", "gae_lambda") else 2**32 - 1

@@ -299,10 +299,14 @@ class Happo(Mappo):
 
 # -------------------- Learning --------------------------------------------------------------------
 def learn(algorithm, params, adam, minibatch, rate, delta):
-    """Each network moves against its mean gradient, of a minibatch of all devices -> params, adam,
-    parts of the loss."""
-    results = [
-        to_host(algorithm.gradient(params, steps, hidden, delta)) for steps, hidden in minibatch]
+    """Each network moves against its mean gradient, of a minibatch of all devices, with advantages
+    of mean 0 and deviation 1 -> params, adam, parts of the loss."""
+    results = []
+    advantages = [step.advantage for steps, _ in minibatch for step in steps]
+    mean, std = np.mean(advantages), np.std(advantages)
+    for steps, hidden in minibatch:
+        steps = [step._replace(advantage=(step.advantage - mean) / (std + 1e-20)) for step in steps]
+        results.append(to_host(algorithm.gradient(params, steps, hidden, delta)))
     gradient, parts = average(*results)
     params, adam = dict(params), dict(adam)
     for name in params:
@@ -383,18 +387,11 @@ def follow(scale, targets, iteration):
     return np.array([mean, ((1 - share) * size**4 + share * fourth) ** 0.25])
 
 
-def told(step, scale, seen, floor):
-    """A step with its target in the scale, and its advantage with the mean 0 and the std 1 of all
-    that were seen; the std is less where it is below a share of the targets' (D21)."""
+def samples_of(algorithm, rollout, hidden, scale):
+    """What one device learns from, with targets told in the scale."""
     mean, size = scale
-    advantages, targets = np.array([(x.advantage, x.target) for x in seen]).swapaxes(0, 1)
-    unit = max(np.std(advantages), floor * np.std(targets)) + 1e-20
-    advantage = (step.advantage - np.mean(advantages)) / unit
-    return step._replace(advantage=advantage, target=(step.target - mean) / (size + 1e-20))
-
-
-def samples_of(algorithm, rollout, hidden):
-    """What one device learns from."""
+    unit = size + 1e-20
+    rollout = [[s._replace(target=(s.target - mean) / unit) for s in steps] for steps in rollout]
     if algorithm.has_memory:  # begin with what was remembered before the rollout
         return list(zip(rollout, hidden))
     return [([step], hidden[b]) for steps in zip(*rollout) for b, step in enumerate(steps)]
@@ -415,10 +412,7 @@ def iterate(algorithm, state):
     rollouts = [[with_advantages(steps, state.value_scale, args) for steps in x] for x in rollouts]
     seen = [step for rollout in rollouts for steps in rollout for step in steps]
     scale = follow(state.value_scale, [step.target for step in seen], state.iteration)
-    rollouts = [
-        [[told(x, scale, seen, args.advantage_floor) for x in steps] for steps in rollout]
-        for rollout in rollouts]
-    samples = [samples_of(algorithm, *device) for device in zip(rollouts, state.hidden)]
+    samples = [samples_of(algorithm, *device, scale) for device in zip(rollouts, state.hidden)]
 
     keys = [random.split(key, algorithm.num_keys) for key in keys]
     orders = [orders_of(own_keys[1], len(own), args) for own_keys, own in zip(keys, samples)]

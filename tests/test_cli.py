@@ -40,7 +40,7 @@ BAD_VALUES = """num-envs -4 0, total-timesteps 10 -1 8191, num-evals 0 -1, eval-
     num-steps 0 -8, num-minibatches 0 -2 3 8192, update-epochs 0, embed-dim 0, num-heads -1 0,
     num-blocks 0, learner-hidden-dim -1, num-devices -1, seed -1 4294967296,
     learning-rate -1 0 nan inf, gamma 2 -0.1 nan, gae-lambda 1.1 nan, clip-coef 0 nan,
-    advantage-floor -1 inf, ent-coef -1 nan inf, vf-coef -0.5 nan, max-grad-norm 0 nan,
+    ent-coef -1 nan inf, vf-coef -0.5 nan, max-grad-norm 0 nan,
     env-id Nope-v0 Snake-v1, scenario bogus"""
 BAD_TETHERS = "delta 1 0.5 -2 nan, learner-rl-coef -1 nan"
 # Chunks have steps, decay does not grow, and minibatches hold whole sequences: there are 64.

@@ -27,7 +27,7 @@ FLAGS = {
 }
 # A head of two features would tell little more than a sign, after its norm.
 GUIDER = {"embed_dim": 8, "num_heads": 2, "guider_mlp": False}
-MAGPO = GUIDER | {"delta": 1.2, "learner_rl_coef": 0.6, "advantage_floor": 1.5}
+MAGPO = GUIDER | {"delta": 1.2, "learner_rl_coef": 0.6}
 CASES = {  # script and what is special -> reference, number of devices, flags
     "magpo_ff": (reference.Magpo, 2, MAGPO),
     "magpo_ff mat": (reference.Magpo, 1, MAGPO | {"guider": "mat"}),

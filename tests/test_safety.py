@@ -76,7 +76,7 @@ KEEP = edit("", "")
     (damage, LONGER, 2, "checkpoint_0.npz"),
     (edit('"embed_dim": 8', '"embed_dim": 4'), LONGER, 2, "checkpoint_0.npz"),  # another guider
     (edit("{", ""), LONGER, 2, "is no run of "),
-    (edit('"advantage_floor": 0.2,', ""), LONGER, 2, "an earlier version made it"),
+    (edit('"anneal_lr": false,', ""), LONGER, 2, "an earlier version made it"),
     (edit('"script": "', '"script": "my_'), LONGER, 2, ".py or an earlier version made it"),
     (edit('"seed"', '"save": 1, "seed"'), LONGER, 2, "an earlier version made it"),
     (KEEP, ("--total-timesteps", 32), 0, "nothing to do"),

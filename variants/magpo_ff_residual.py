@@ -108,7 +108,6 @@ class Args:  # tyro shows the comment behind a flag as its help; [in brackets]: 
     gamma: float = 0.99  # discount per step
     gae_lambda: float = 0.95  # lambda of generalised advantage estimation
     clip_coef: float = 0.2  # epsilon: PPO's clip of the probability ratio [clip_eps]
-    advantage_floor: float = 0.2  # D21: least std of advantages, as a share of the targets'
     ent_coef: float = 0.01  # weight of the guider's entropy bonus; the learner has none
     vf_coef: float = 0.5  # weight of the value loss
     # The networks
@@ -465,13 +464,15 @@ def minibatch_loss(params, args, guider, learner, mb):
     learner_policy = learner.apply(params["learner"], mb.obs)
     guider_log_prob = guider_policy.log_prob(mb.action)  # (M, N)
     learner_log_prob = learner_policy.log_prob(mb.action)  # (M, N)
+    mean, std = pooled(mb.advantage)
+    advantage = (mb.advantage - mean) / (std + 1e-20)
 
     # STEP 2/4: the guider improves
     log_ratio = guider_log_prob - mb.behaviour_log_prob
     ratio = jnp.exp(log_ratio)
     clipped_ratio = double_clip(
         guider_log_prob, learner_log_prob, mb.behaviour_log_prob, args.delta, args.clip_coef)
-    guider_policy_loss = ppo_loss(ratio, clipped_ratio, mb.advantage)
+    guider_policy_loss = ppo_loss(ratio, clipped_ratio, advantage)
     guider_entropy = jnp.mean(guider_policy.entropy())
     value_loss = 0.5 * jnp.mean(jnp.square(value - mb.target))
     loss = guider_policy_loss - args.ent_coef * guider_entropy + args.vf_coef * value_loss
@@ -481,7 +482,7 @@ def minibatch_loss(params, args, guider, learner, mb):
     learner_kl = jnp.mean(lax.stop_gradient(guider_policy).kl_divergence(learner_policy))
     learner_ratio = jnp.exp(learner_log_prob - mb.behaviour_log_prob)
     clipped_ratio = jnp.clip(learner_ratio, 1 - args.clip_coef, 1 + args.clip_coef)
-    learner_policy_loss = ppo_loss(learner_ratio, clipped_ratio, mb.advantage)
+    learner_policy_loss = ppo_loss(learner_ratio, clipped_ratio, advantage)
     loss += learner_kl + args.learner_rl_coef * learner_policy_loss
 
     # STEP 4/4: the guider backtracks, where mu / pi is beyond the tether's end for the action taken
@@ -574,13 +575,9 @@ def train_iteration(args, env, guider, learner, state):
     mean += share * (pooled(target)[0] - mean)
     # The std of a Gaussian with this fourth moment: the std itself lets rare rewards tower above.
     fourth = pooled((target - mean) ** 4)[0] / 3
-    size = ((1 - share) * size**4 + share * fourth) ** 0.25
+    size = ((1 - share) * size**4 + share * fourth) ** 0.25 + 1e-20
     value_scale = jnp.stack([mean, size])
-    # The advantage is the target less the value: its variance is what the values do not explain.
-    (center, unexplained), (_, total) = pooled(advantage), pooled(target)
-    unit = jnp.maximum(unexplained, args.advantage_floor * total) + 1e-20
-    rollout = rollout._replace(
-        advantage=(advantage - center) / unit, target=(target - mean) / (size + 1e-20))
+    rollout = rollout._replace(advantage=advantage, target=(target - mean) / size)
     samples = tree.map(lambda x: rearrange(x, "t b ... -> (t b) ..."), rollout)
     key, shuffle_key = random.split(state.key)
     order = jnp.tile(jnp.arange(len(samples.action)), (args.update_epochs, 1))
@@ -601,9 +598,12 @@ def train_iteration(args, env, guider, learner, state):
 
     (params, opt_state), losses = lax.scan(update, (state.params, state.opt_state), indices)
     state = TrainState(params, opt_state, state.env_state, key, value_scale, state.iteration + 1)
+
     losses["first_ratio"] = losses.pop("ratio")[0]  # 1 as long as acting and training agree
     metrics = {f"losses/{name}": jnp.mean(x) for name, x in losses.items()}
     metrics["charts/learning_rate"] = rate
+    # The advantage is the target less the value: its variance is what the values do not explain.
+    (_, unexplained), (_, total) = pooled(advantage), pooled(target)
     metrics["losses/explained_variance"] = 1 - jnp.square(unexplained / (total + 1e-20))
     ended = tree.map(lambda x: jnp.sum(x * rollout.last), rollout.after.episode)
     ended["episodes"] = jnp.sum(1.0 * rollout.last)
@@ -828,7 +828,7 @@ def check_args(args):
         if not holds:
             refuse(f"--{name.replace('_', '-')} {getattr(args, name)}: must be {rule}")
 
-    may_be_0 = "seed learner_rl_coef ent_coef vf_coef gamma gae_lambda advantage_floor".split()
+    may_be_0 = "seed learner_rl_coef ent_coef vf_coef gamma gae_lambda".split()
     for name, value in vars(args).items():
         if type(value) in (int, float) and name != "delta":
             highest = 1 if name in ("gamma", "gae_lambda") else 2**32 - 1

@@ -1,23 +1,29 @@
-"""Copies what the zoo keeps of finished runs: flags, metrics and the best networks.
+"""Copies what the zoo keeps of finished runs: flags, metrics and the best networks, rounded to
+half precision, which plays as well and takes half of the room.
 
-    python zoo/pick.py benchmark/runs/zoo
+    python zoo/pick.py zoo/runs/zoo
 """
 
 import shutil
 import sys
 from pathlib import Path
 
-KEPT = ["args.json", "metrics.jsonl", "best_learner.safetensors", "best_guider.safetensors"]
+import numpy as np
+from safetensors.numpy import load_file, save_file
 
 
 def main():
     zoo = Path(__file__).parent
-    for run in sorted(Path(sys.argv[1]).iterdir()):
+    for run in sorted(Path(sys.argv[1]).glob("*/")):
         env_id, scenario, *_ = run.name.split("__")
         folder = zoo / "__".join(filter(None, [env_id, scenario]))
         folder.mkdir(exist_ok=True)
-        for name in KEPT:
+        for name in ("args.json", "metrics.jsonl"):
             shutil.copy(run / name, folder)
+        for name in ("best_learner.safetensors", "best_guider.safetensors"):
+            arrays = load_file(run / name)
+            halves = {key: x.astype(np.float16) for key, x in arrays.items()}
+            save_file(halves, folder / name)
         print(folder)
 
 
