@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 def main():
     zoo = Path(__file__).parent
-    for run in sorted(Path(sys.argv[1]).glob("*/")):
+    for run in sorted(path.parent for path in Path(sys.argv[1]).glob("*/metrics.jsonl")):
         env_id, scenario, *_ = run.name.split("__")
         folder = zoo / "__".join(filter(None, [env_id, scenario]))
         folder.mkdir(exist_ok=True)
