@@ -211,7 +211,7 @@ def test_zoo(folder, call):
     best = max(row["eval/learner_return"] for row in read_rows(folder))
     status, out, _ = call(enjoy, folder, "--episodes", 32)
     assert status is None and out.startswith("mean return: ")
-    assert abs(float(out.split()[2]) - best) < 0.2 * abs(best)
+    assert abs(float(out.split()[2]) - best) < 0.3 * abs(best)
     assert call(enjoy, folder, "--guider", "--episodes", 2)[0] is None
     assert call(use_learner, folder)[0] is None
 
