@@ -368,8 +368,8 @@ class JaxMarl(Environment):
             reward = jnp.where(jnp.all(reward == reward[0]), reward[0], jnp.nan)
         if self.shaped:
             extras["true_reward"] = jnp.mean(reward)
-            hints = info["shaped_reward"]
-            reward += jnp.stack([*hints.values()]) if self.own_rewards else sum(hints.values())
+            hints = jnp.stack([info["shaped_reward"][agent] for agent in self.agents])
+            reward += hints if self.own_rewards else jnp.sum(hints)
         return TimeStep(
             step_type=jnp.int8(step_type),
             reward=reward,
