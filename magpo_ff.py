@@ -535,9 +535,9 @@ def train_iteration(args, env, guider, learner, state):
     mean += share * (pooled(target)[0] - mean)
     # The std of a Gaussian with this fourth moment: the std itself lets rare rewards tower above.
     fourth = pooled((target - mean) ** 4)[0] / 3
-    size = ((1 - share) * size**4 + share * fourth) ** 0.25 + 1e-20
+    size = ((1 - share) * size**4 + share * fourth) ** 0.25
     value_scale = jnp.stack([mean, size])
-    rollout = rollout._replace(advantage=advantage, target=(target - mean) / size)
+    rollout = rollout._replace(advantage=advantage, target=(target - mean) / (size + 1e-20))
     samples = tree.map(lambda x: rearrange(x, "t b ... -> (t b) ..."), rollout)
     key, shuffle_key = random.split(state.key)
     order = jnp.tile(jnp.arange(len(samples.action)), (args.update_epochs, 1))
@@ -751,7 +751,7 @@ def parse_args():
     with refusing(Exception, f"--resume {args.resume}: is no run of this {SCRIPT}: "):
         folder = Path(args.resume).resolve()
         about = json.loads((folder / "args.json").read_text())
-        if about["script"] != SCRIPT or set(about["args"]) != set(vars(args)):
+        if about["script"] != SCRIPT or about["args"].keys() ^ vars(args):
             raise ValueError(f"{about['script']} or an earlier version made it")
         of_the_run = Args(**about["args"])
     args = tyro.cli(Args, default=of_the_run)
