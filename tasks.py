@@ -53,6 +53,7 @@ try:
         flat,
         import_jaxmarl,
         make_jaxmarl,
+        vector_spec,
     )
 except ModuleNotFoundError as error:
     if error.name != "adapters":
@@ -238,11 +239,7 @@ class VectorConnector(Wrapper):
     @functools.cached_property
     def observation_spec(self) -> specs.Spec:
         """Spec of `VectorObservation`."""
-        # Without its bounds, -1 and 1, so that D1 leaves the view as D4 has it.
-        view = specs.Array((self._env.num_agents, 54), jnp.float32, "agents_view")
-        mask = specs.BoundedArray((self._env.num_agents, 5), bool, False, True, "action_mask")
-        fields = {"agents_view": view, "action_mask": mask}
-        return specs.Spec(VectorObservation, "ObservationSpec", **fields)
+        return vector_spec(self)  # without bounds, -1 and 1: D1 leaves the view as D4 has it
 
     def _convert(self, timestep: TimeStep) -> TimeStep:
         """Connector's timestep with the vectors in its observation and `won` in its extras."""

@@ -1,5 +1,5 @@
 """Copies what the zoo keeps of finished runs: flags, metrics and the best networks, rounded to
-half precision, which plays as well and takes half of the room.
+half precision, which takes half of the room.
 
     python zoo/pick.py zoo/runs/zoo
 """
