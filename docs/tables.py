@@ -6,21 +6,15 @@ or networks.
 
 The first table plays one state and one step: N agents say integers 0..A-1, and earn 1 if they add
 up to the target. The second counts, in random games of several states, the iterations that lower
-the learner's value in some state. The loop is that of tests/test_theory.py.
+the learner's value in some state. The loop is that of docs/theory.py.
 """
 import dataclasses
 import itertools
-import os
-import sys
 
 import numpy as np
+import theory
 import tyro
 from scipy.special import log_softmax
-
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.append(os.path.join(ROOT, "tests"))
-
-import test_theory as theory  # noqa: E402
 
 PROJECTIONS = {
     "KL(mu || pi)": theory.project_forward_kl,

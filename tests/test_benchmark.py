@@ -208,32 +208,6 @@ def test_worst_fall(returns, fall):
     assert evaluations.worst_fall(pd.Series(returns, dtype=float)) == pytest.approx(fall)
 
 
-def test_pictures_show_means_over_seeds_and_baselines(results):
-    def lines_of(ax):
-        return [tuple(line.get_ydata()) for line in ax.lines if len(line.get_ydata())]
-
-    frame = evaluations.group(evaluations.read([results]), "", {}, {})
-    task, other = frame["task"].unique()
-    grid = plot.draw_curves(frame, ("learner", "guider", "gap"), [("3x10=10", 30.0, "best")])
-    learner, guider, gap = (
-        grid.axes_dict[task, plot.PANELS[name]] for name in ("learner", "guider", "gap"))
-    assert set(lines_of(learner)) == {(2, 12, 22), (0, 4, 8), (30, 30)}
-    low, high = learner.collections[0].get_datalim(learner.transData).intervaly
-    assert 1 <= low < 2 and 22 < high <= 23  # the interval of magpo's seeds
-    assert guider.get_ylim() == learner.get_ylim()
-    assert lines_of(gap) == [(1, 1, 1)]
-    assert {text.get_text() for text in grid.legend.get_texts()} == {"magpo", "mappo", "best"}
-
-    grid = plot.draw_curves(frame, ("win_rate",), [])
-    assert lines_of(grid.axes_dict[other]) == [(0.25, 0.25)]
-
-    frame = evaluations.group(evaluations.read([results]), "3x10=10", {}, {})
-    grid = plot.draw_bars(evaluations.final(frame, 1))  # of final returns
-    widths = [[bar.get_width() for bar in bars] for bars in grid.axes.flat[0].containers]
-    assert widths[0] == [22, 8] and widths[1][0] == 23
-    plot.plt.close("all")
-
-
 @pytest.mark.parametrize("only", ["figure1", pytest.param("", marks=pytest.mark.slow)])
 def test_every_picture_can_be_redrawn(only, tmp_path, monkeypatch, capsys):
     """From the first and last evaluations of each run, for speed."""
