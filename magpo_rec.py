@@ -359,7 +359,7 @@ class Guider(nn.Module):
         """obs (M, T, N, ..) -> observation tokens (M, T, N, E), value (M, T, N), hidden.
 
         timestep (M, T). hidden: before the first step; returned: after the last one.
-        D20: if it reads what its learner remembers, the KL between them does not wipe that out.
+        D20: it may read what its learner remembers, and so choose by it.
         """
         x = self.obs_embed(obs.agents_view)
         if self.reads_learner:
