@@ -210,7 +210,7 @@ def test_saddle(run_here, tmp_path):
     assert run_here("docs/saddle.py", *flags, "--export", csv, "--out", out)[0] == 0
     frame = pd.read_csv(csv)
     assert sorted(frame["global_step"].unique()) == [0, 96, 128]
-    assert set(frame["run"]) == {"seed 1, delta 4, then 1.1"}
+    assert set(frame["run"]) == {"seed 9, delta 4, then 1.1"}
     sums = frame.groupby(["global_step", "agent"])["probability"].sum()
     np.testing.assert_allclose(sums, 1, atol=1e-3)
     start = frame[frame["global_step"] == 0]
