@@ -5,11 +5,11 @@ r"""Where a short tether can hold MAGPO: the policies of a run on a symmetric sa
     python docs/saddle.py benchmark/results/saddle.csv benchmark/results/saddle_freed.csv
 
 Trains magpo_ff.py on CoordSum `3x10=10` with the mat guider as in Figure 1, seed 9; after every few
-iterations it writes down all there is to know of both policies. The target never
-changes and nothing else is seen, so that the learner is a table of three agents and ten digits, and
-the guider one of the thousand triples. Other flags are those of magpo_ff.py; those of saving,
-logging and evaluation change nothing here. Named CSV files, which --export has written, are drawn
-in place of a run.
+iterations it writes down all there is to know of both policies. The target never changes and
+nothing else is seen, so that the learner is a table of three agents and ten digits, and the guider
+one of the thousand triples. Other flags are those of magpo_ff.py; those of saving, logging and
+evaluation change nothing here. Named CSV files, which --export has written, are drawn in place of a
+run.
 
 The picture has a column a run: what the agents of the learner say, a panel each, and in the last
 panel how often the sum is right: for the guider, for the guider if its agents did not hear each
