@@ -1,4 +1,4 @@
-"""The pages: links, tables, names, and every command, snippet and change that they show."""
+"""The pages: links, length, names, commands, the snippets in Python and all changes shown."""
 
 import functools
 import importlib.util
@@ -281,14 +281,14 @@ def test_heatmap(run_here, tmp_path):
 
 
 # -------------------- The snippets of the other page ----------------------------------------------
-def usage_blocks(language):
-    return re.findall(rf"^```{language}\n(.*?)^```", USAGE.read_text(), re.M | re.S)
+def usage_snippets():
+    return re.findall(r"^```python\n(.*?)^```", USAGE.read_text(), re.M | re.S)
 
 
 @pytest.mark.slow
 def test_looking_inside(capsys):
     """The program that collects without compiling what it calls."""
-    program, _ = usage_blocks("python")
+    program, _ = usage_snippets()
     exec(program, {})
     *_, returns = re.findall(r"\[[^[\]]*\]", capsys.readouterr().out)
     assert len(returns.strip("[]").split()) == 4
@@ -371,7 +371,7 @@ def test_schedules(script, load_changed, monkeypatch):
     """The guide's goes from 4 to --delta in either script, and those of the other page do what is
     said of them; all of them can be traced."""
     _, shorter, _ = guide_changes()
-    _, lines = usage_blocks("python")
+    _, lines = usage_snippets()
     above = "    optimizer = make_optimizer(args, rate)\n"
     shorter.append((above, lines + above))
     module = load_changed(script, shorter)
