@@ -9,7 +9,7 @@ together, for a team of N agents of which each sees a part of the state:
 - the learner pi is decentralized: each agent decides alone, from its own observation,
   so pi(a | o) = prod_j pi(a_j | o_j). It acts, PPO improves it, and it is deployed;
 - the critic V is centralized: it sees the observations o = (o_1, .., o_N) of all. The
-  reward is the team's, and so is the value V(o). It serves in training alone.
+  value V(o) is the team's (of rewards of their own about the mean). It serves in training alone.
 
 An iteration has three steps:
 

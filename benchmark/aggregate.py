@@ -1,7 +1,7 @@
 """Aggregates over tasks as the field reports them (Agarwal et al., arXiv 2108.13264): mean,
 interquartile mean and probability of improvement, with 95% stratified bootstrap intervals.
 
-    python benchmark/aggregate.py benchmark/results/paper.csv --reference magpo --out aggregate.png
+    python benchmark/aggregate.py benchmark/results/suites_ff.csv --reference magpo --out x.png
 
 A score is a run's final return of the learner, scaled so that 0 is the lowest and 1 the highest
 evaluation of all runs shown of its task. The functions take a list with an array for each task,
@@ -129,7 +129,8 @@ def draw(table: pd.DataFrame) -> Figure:
     figure = Figure(figsize=(9, 1 + 0.4 * table["label"].nunique()), layout="constrained")
     for ax, name in zip(figure.subplots(1, len(statistics)), statistics):
         rows = table[table["statistic"] == name]
-        margins = [rows["value"] - rows["low"], rows["high"] - rows["value"]]
+        margins = np.array([rows["value"] - rows["low"], rows["high"] - rows["value"]])
+        margins = margins.clip(0)  # rounded, a bound may lie on the wrong side
         ax.errorbar(rows["value"], rows["label"], xerr=margins, fmt="o", capsize=4)
         ax.set_xlabel(name)
         ax.margins(y=0.2)

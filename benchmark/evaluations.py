@@ -162,7 +162,8 @@ def group(frame: pd.DataFrame, only: str, labels: dict, guider_of: dict) -> pd.D
         labels: other labels for some exp_names.
         guider_of: labels under which the guiders of some exp_names count as learners of their own.
 
-    Of each group only those steps stay at which all of its seeds were evaluated.
+    Of each group only those steps stay at which all of its seeds were evaluated, with a word where
+    their last ones are not the same.
     """
     names = frame["env_id"] + " " + frame["scenario"] + " " + frame["exp_name"]
     try:
@@ -192,7 +193,11 @@ def group(frame: pd.DataFrame, only: str, labels: dict, guider_of: dict) -> pd.D
         raise InputError(f"{task} {label}: there are two runs with seed {seed}")
     num_seeds = frame.groupby(GROUP)["seed"].transform("nunique")
     num_there = frame.groupby([*GROUP, "global_step"])["seed"].transform("nunique")
-    return frame[num_there == num_seeds]
+    common = frame[num_there == num_seeds]
+    lost = frame.groupby(GROUP)["global_step"].max() - common.groupby(GROUP)["global_step"].max()
+    for task, label in lost.index[lost != 0]:
+        print(f"{task} {label}: its seeds do not end at the same step", file=sys.stderr)
+    return common
 
 
 def sort_key(column: pd.Series) -> pd.Series:
@@ -204,11 +209,11 @@ def sort_key(column: pd.Series) -> pd.Series:
 
 def worst_fall(returns: pd.Series) -> float:
     """A run's evaluations -> its largest drop, of means of three, below the best before it, as a
-    share of what that best has gained since the first evaluation; 0 where nothing was gained."""
+    share of what its best has gained since the first evaluation; 0 where nothing was gained."""
     means = returns.rolling(3, min_periods=1).mean()
     best = means.cummax()
-    gained = best - returns.iloc[0]
-    return ((best - means) / gained.where(gained > 0)).fillna(0).max()
+    gained = best.iloc[-1] - returns.iloc[0]
+    return (best - means).max() / gained if gained > 0 else 0.0
 
 
 def final(frame: pd.DataFrame, last: int) -> pd.DataFrame:

@@ -23,6 +23,7 @@ sys.path.append(os.path.join(os.path.dirname(FOLDER), "docs"))
 import backtracking  # noqa: E402
 import heatmap  # noqa: E402
 import saddle  # noqa: E402
+import tether  # noqa: E402
 
 PROGRAMS = {
     "benchmark/plot.py": plot.main,
@@ -30,6 +31,7 @@ PROGRAMS = {
     "docs/backtracking.py": backtracking.main,
     "docs/heatmap.py": heatmap.main,
     "docs/saddle.py": saddle.main,
+    "docs/tether.py": tether.main,
 }
 
 

@@ -191,19 +191,20 @@ def start(command: Command, cores: list) -> Job:
 
     Its output goes to a file beside the run's folder.
     """
-    words = [sys.executable] + shlex.split(command.line)[1:]
+    words = shlex.split(command.line)[1:]
     for folder in find_runs(command.args):
         about, _, complete = read_run(folder)
         if not has_checkpoint(folder) and not complete:
             shutil.rmtree(folder)  # nothing to go on from
         elif has_checkpoint(folder) and is_of(command, about):
-            words += ["--resume", folder]  # of several the last one counts
+            # Of several the last one counts. The other flags are its own.
+            words = [command.script, "--resume", folder]
     run_dir = command.args["run_dir"]
     os.makedirs(run_dir, exist_ok=True)
     choose_cores = functools.partial(os.sched_setaffinity, 0, cores) if cores else None
     with open(os.path.join(run_dir, run_name(command.args) + ".log"), "a") as log:
         process = subprocess.Popen(
-            words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+            [sys.executable, *words], stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
             preexec_fn=choose_cores,
         )
     return Job(command, cores, time.time(), process)

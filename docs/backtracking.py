@@ -37,7 +37,7 @@ COLUMNS = [*FLAGS, "global_step", *METRICS]
 class Options:
     source: tyro.conf.Positional[str]  # folder of a run of MAGPO, or CSV file of --export
     export: str = ""  # CSV file to write
-    out: str = "docs/backtracking.png"  # PNG to write
+    out: str = "runs/backtracking.png"  # PNG to write
 
 
 class InputError(ValueError):
@@ -108,6 +108,7 @@ def main(words: list | None = None) -> int:
         frame = read(options.source)
         if options.export:
             frame.to_csv(options.export, index=False, float_format="%.6g")
+        os.makedirs(os.path.dirname(options.out) or ".", exist_ok=True)
         draw(frame).savefig(options.out, dpi=110)
     except (OSError, InputError) as error:
         print(f"backtracking.py: error: {error}", file=sys.stderr)

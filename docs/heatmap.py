@@ -29,7 +29,7 @@ PANELS = {"learner": "learner: final return per episode", "gap": "gap: guider - 
 
 @dataclass
 class Options(evaluations.Options):
-    out: str = "docs/heatmap.png"  # PNG to write
+    out: str = "runs/heatmap.png"  # PNG to write
 
 
 def cells(frame: pd.DataFrame, last: int) -> pd.DataFrame:
@@ -68,6 +68,7 @@ def show(options: Options) -> None:
     finals = cells(evaluations.load(options), options.last)
     table = finals.groupby(["delta", "lambda"])[["learner", "guider", "gap"]].mean().round(1)
     evaluations.write_table(table.reset_index(), options.table)
+    os.makedirs(os.path.dirname(options.out) or ".", exist_ok=True)
     draw(finals).savefig(options.out, dpi=110)
 
 

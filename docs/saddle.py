@@ -48,7 +48,7 @@ class Options:
     every: int = 4  # iterations between two looks at the policies
     start_delta: float = 0.0  # above 1: the tether's length in the first third of training
     export: str = ""  # CSV file to write
-    out: str = "docs/saddle.png"  # PNG to write
+    out: str = "runs/saddle.png"  # PNG to write
     run: tyro.conf.OmitArgPrefixes[magpo_ff.Args] = dataclasses.field(default_factory=lambda: FLAGS)
 
 
@@ -186,6 +186,7 @@ def main(words: list | None = None) -> int:
             frame = record(options)
         if options.export:
             frame.to_csv(options.export, index=False, float_format="%.4g")
+        os.makedirs(os.path.dirname(options.out) or ".", exist_ok=True)
         draw(frame).savefig(options.out, dpi=110)
     except (OSError, ValueError) as error:
         print(f"saddle.py: error: {error}", file=sys.stderr)

@@ -33,7 +33,7 @@ class Options:
     advantage: float = 1.0  # A of the action taken
     clip_coef: float = 0.2  # PPO's epsilon
     point: Tuple[float, float] = (0.3, 1.5)  # mu and delta of the point that is printed
-    out: str = "docs/tether.png"  # PNG to write
+    out: str = "runs/tether.png"  # PNG to write
 
 
 def policy(log_prob: jax.Array) -> magpo_ff.distrax.Categorical:
@@ -112,14 +112,15 @@ def draw(options: Options) -> plt.Figure:
     return fig
 
 
-def main() -> None:
-    options = tyro.cli(Options, description=__doc__)
+def main(words: list | None = None) -> int:
+    options = tyro.cli(Options, args=words, description=__doc__)
     show_point(options)
     plt.switch_backend("agg")  # without a display
     os.makedirs(os.path.dirname(options.out) or ".", exist_ok=True)
     draw(options).savefig(options.out, dpi=110)
     print(f"picture: {options.out}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

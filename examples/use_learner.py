@@ -54,8 +54,9 @@ def params_of_agent(params, agent):
 def decide(learner, params, obs):
     """The likeliest action of one agent.
 
-    obs: an Observation of the script, agents_view (O,) with the agent's one-hot id first, and
-    action_mask (A,). Continuous actions are u (A,), and tanh(u), scaled to the bounds, is done.
+    obs: an Observation of the script, agents_view (O,) with the agent's one-hot id first, the rest
+    as `make_env` tells it (D1: features with bounds are scaled), and action_mask (A,). Continuous
+    actions are u (A,), and tanh(u), scaled to the bounds, is done.
     """
     return learner.apply(params, obs).mode()
 

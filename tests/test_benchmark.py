@@ -202,7 +202,7 @@ def test_table(results, tmp_path, capsys):
 
 @pytest.mark.parametrize("returns, fall", [
     ([5, 25, 45, 25, 35], 0), ([0, 60, 120, 120, 0, 0], 60 / 100), ([4, 3, 2], 0),
-    ([-30, -20, -10, -40, -10], 1 / 3)])
+    ([-30, -20, -10, -40, -10], 1 / 3), ([0, 3, 6, 3, 0, 0, 300, 300, 300], 3 / 300)])
 def test_worst_fall(returns, fall):
     """Of means of three evaluations, below the best before, as a share of what was gained."""
     assert evaluations.worst_fall(pd.Series(returns, dtype=float)) == pytest.approx(fall)
@@ -425,7 +425,7 @@ def test_an_interrupted_run_goes_on_from_its_checkpoint(toy, tmp_path, monkeypat
     for seed in (1, 2):
         run.start(run.parse(f"{line} --run-dir runs/sweep --seed {seed}"), cores=[])
     resumed, fresh = started
-    assert resumed[-2:] == ["--resume", f"runs/sweep/{folder.name}"]
+    assert resumed[1:] == ["toy.py", "--resume", f"runs/sweep/{folder.name}"]
     assert "--resume" not in fresh and folder.is_dir()
 
 

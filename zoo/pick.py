@@ -1,5 +1,5 @@
-"""Copies what the zoo keeps of finished runs: flags, metrics and the best networks, rounded to
-half precision, which takes half of the room.
+"""Copies what the zoo keeps of finished runs, one a task: flags, metrics and the best networks,
+rounded to half precision, which takes half of the room.
 
     python zoo/pick.py zoo/runs/zoo
 """
@@ -14,9 +14,16 @@ from safetensors.numpy import load_file, save_file
 
 def main():
     zoo = Path(__file__).parent
+    sys.path.append(str(zoo.parent / "benchmark"))
+    from run import read_run
+    written = set()
     for run in sorted(path.parent for path in Path(sys.argv[1]).glob("*/metrics.jsonl")):
         env_id, scenario, *_ = run.name.split("__")
         folder = zoo / "__".join(filter(None, [env_id, scenario]))
+        _, _, complete = read_run(run)
+        if not complete or folder in written:
+            sys.exit(f"pick.py: error: {run}: has not finished, or is another of its task")
+        written.add(folder)
         folder.mkdir(exist_ok=True)
         for name in ("args.json", "metrics.jsonl"):
             shutil.copy(run / name, folder)
