@@ -204,8 +204,8 @@ def start(command: Command, cores: list) -> Job:
     choose_cores = functools.partial(os.sched_setaffinity, 0, cores) if cores else None
     with open(os.path.join(run_dir, run_name(command.args) + ".log"), "a") as log:
         process = subprocess.Popen(
-            [sys.executable, *words], stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
-            preexec_fn=choose_cores,
+            [sys.executable, *words], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+            start_new_session=True, preexec_fn=choose_cores,
         )
     return Job(command, cores, time.time(), process)
 
