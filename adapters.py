@@ -74,12 +74,12 @@ def flat(*parts: jax.Array) -> jax.Array:
 
 # -------------------- Checks and the adapter-------------------------------------------------------
 def is_continuous(env: Environment) -> bool:
-    """True for actions of floats within finite bounds, a row for each agent: (N, A)."""
+    """True for actions of floats within bounds of less than 1e8, a row for each agent: (N, A)."""
     spec = env.action_spec
     if not isinstance(spec, specs.BoundedArray) or len(spec.shape) != 2:
         return False
     bounds = np.broadcast_arrays(spec.minimum, spec.maximum)
-    return jnp.issubdtype(spec.dtype, jnp.floating) and bool(np.all(np.isfinite(bounds)))
+    return jnp.issubdtype(spec.dtype, jnp.floating) and bool(np.all(np.abs(bounds) < 1e8))
 
 
 def check(env_id: str, env: Environment) -> None:
@@ -94,7 +94,7 @@ def check(env_id: str, env: Environment) -> None:
     one_each = discrete and len(env.action_spec.shape) == 1
     if not (one_each or is_continuous(env)):
         needs = "one discrete action per agent, a MultiDiscreteArray (N,), or continuous ones,"
-        needs += " a BoundedArray (N, A) of floats with finite bounds, not "
+        needs += " a BoundedArray (N, A) of floats within -1e8 and 1e8, not "
         needs += " ".join(str(env.action_spec).split())  # bounds may take several lines
         raise TaskError(f"--env-id {env_id}: needs {needs}")
     view_shape = observation.agents_view.shape
@@ -109,6 +109,13 @@ def check(env_id: str, env: Environment) -> None:
         raise TaskError(f"--env-id {env_id}: agents_view is {differs}")
     if discrete:
         check_mask(env_id, env, observation.action_mask)
+    told = timestep.extras or {}
+    if "won" in told and (told["won"].shape, told["won"].dtype) != ((), bool):
+        found = f"{told['won'].shape} of {told['won'].dtype}"
+        raise TaskError(f"--env-id {env_id}: extras' won must be () of bool, not {found}")
+    if "true_reward" in told and told["true_reward"].shape != ():
+        found = told["true_reward"].shape
+        raise TaskError(f"--env-id {env_id}: extras' true_reward must be (), not {found}")
 
 
 def check_mask(env_id: str, env: Environment, mask: jax.ShapeDtypeStruct) -> None:

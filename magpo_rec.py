@@ -150,7 +150,7 @@ class TeamEnv:
 
     def observe(self, timestep):
         view = rearrange(timestep.observation.agents_view, "n ... -> n (...)")
-        view = jnp.concatenate([jnp.eye(self.num_agents), view], 1)
+        view = jnp.hstack([jnp.eye(self.num_agents), view])
         return Observation(view, timestep.observation.action_mask)
 
     def reset(self, key):
@@ -166,7 +166,7 @@ class TeamEnv:
         reward = jnp.full(self.num_agents, reward, jnp.float32)
         # D3: an agent may be done, with discount 0, long before the team's episode is over (in
         # Connector: connected or stuck). The episode terminates once all discounts are 0.
-        discount = jnp.where(last, jnp.max(timestep.discount), 1.0)
+        discount = jnp.where(last, timestep.discount.max(), 1.0)
         told = {"true_reward": jnp.mean(reward), "won": False} | timestep.extras
         now = {"return": told["true_reward"], "length": 1.0, "won": last & told["won"]}
         episode = tree.map(jnp.add, state.episode, now)
@@ -318,8 +318,8 @@ class Policy(nn.Module):
             return distrax.Categorical(jnp.where(action_mask, out, -1e9), dtype=jnp.int32)
         # D17: a Gaussian over u, of which tasks.py does tanh(u); its std is the same in all states.
         log_std = self.param("log_std", constant(-0.5), (self.num_actions,))
-        gaussian = distrax.Normal(out, jnp.exp(jnp.clip(log_std, -5.0, 1.0)))
-        return distrax.Independent(gaussian, 1)
+        log_std = 1 - jnp.abs(6 - (log_std + 5) % 12)  # reflected at -5 and 1; a clip would stick
+        return distrax.Independent(distrax.Normal(out, jnp.exp(log_std)), 1)
 
 
 class Guider(nn.Module):
@@ -426,7 +426,8 @@ class Learner(nn.Module):
 
 
 def make_networks(args, env):
-    longest = args.chunk_steps or max(32 // env.num_agents, 1)  # 32 tokens are fast on a CPU
+    # 32 tokens are fast on a CPU.
+    longest = min(args.num_steps, args.chunk_steps or max(32 // env.num_agents, 1))
     chunk_steps = max(c for c in range(1, longest + 1) if args.num_steps % c == 0)
     sizes = (args.embed_dim, args.num_heads, args.num_blocks, args.decay_scaling_factor)
     learner = Learner(args.learner_hidden_dim, env.num_actions, env.continuous)
@@ -553,7 +554,7 @@ def double_clip(guider_log_prob, learner_log_prob, behaviour_log_prob, delta, cl
 def pooled(x):
     """Mean and std of the numbers of all devices together."""
     mean = lax.pmean(jnp.mean(x), "device")
-    return mean, jnp.sqrt(lax.pmean(jnp.mean(jnp.square(x - mean)), "device"))
+    return mean, jnp.sqrt(lax.pmean(jnp.mean((x - mean) ** 2), "device"))
 
 
 def ppo_loss(ratio, clipped_ratio, advantage):
@@ -585,7 +586,7 @@ def minibatch_loss(params, args, guider, learner, mb):
         guider_log_prob, learner_log_prob, mb.behaviour_log_prob, args.delta, args.clip_coef)
     guider_policy_loss = ppo_loss(ratio, clipped_ratio, advantage)
     guider_entropy = jnp.mean(guider_policy.entropy())
-    value_loss = 0.5 * jnp.mean(jnp.square(value - mb.target))
+    value_loss = 0.5 * jnp.mean((value - mb.target) ** 2)
     loss = guider_policy_loss - args.ent_coef * guider_entropy + args.vf_coef * value_loss
 
     # STEP 3/4: the learner follows. Theorem 4.1 has KL(pi || mu), which picks one mode of mu; this,
@@ -688,13 +689,15 @@ def train_iteration(args, env, guider, learner, state):
     scaled = rollout._replace(value=mean + size * rollout.value)
     advantage = gae(scaled, mean + size * rollout.next_value, args.gamma, args.gae_lambda)
     target = scaled.value + advantage
+    center, spread = pooled(target)
     share = jnp.maximum(0.1, 1 / (state.iteration + 1))  # the first ten iterations count alike
-    mean += share * (pooled(target)[0] - mean)
+    mean += share * (center - mean)
     # The std of a Gaussian with this fourth moment: the std itself lets rare rewards tower above.
-    fourth = pooled((target - mean) ** 4)[0] / 3
-    size = ((1 - share) * size**4 + share * fourth) ** 0.25
-    value_scale = jnp.stack([mean, size])
-    rollout = rollout._replace(advantage=advantage, target=(target - mean) / (size + 1e-20))
+    unit = size + spread + jnp.abs(center - mean) + 1e-20  # in which powers stay within float32
+    error = (target - mean) / unit
+    size = ((1 - share) * (size / unit) ** 4 + share * pooled(error**4)[0] / 3) ** 0.25
+    value_scale = jnp.stack([mean, unit * size])
+    rollout = rollout._replace(advantage=advantage, target=error / (size + 1e-20))
     samples = tree.map(lambda x: rearrange(x, "t b ... -> b t ..."), rollout)
     # Sequences stay whole, (B, T, ..), each with the hidden states before its first step.
     samples = samples._replace(hidden=hidden)
@@ -704,7 +707,6 @@ def train_iteration(args, env, guider, learner, state):
     indices = rearrange(order, "epoch (mb m) -> (epoch mb) m", mb=args.num_minibatches)
     num_iterations = args.total_timesteps // (args.num_envs * args.num_steps)
     rate = args.learning_rate * (1 - args.anneal_lr * state.iteration / num_iterations)
-    optimizer = make_optimizer(args, rate)
 
     def update(carry, index):
         params, opt_state = carry
@@ -712,7 +714,7 @@ def train_iteration(args, env, guider, learner, state):
         grads, losses = jax.grad(minibatch_loss, has_aux=True)(params, args, guider, learner, mb)
         grads, losses = lax.pmean((grads, losses), "device")
         losses |= {f"{name}_grad_norm": optax.tree.norm(grad) for name, grad in grads.items()}
-        updates, opt_state = optimizer.update(grads, opt_state)
+        updates, opt_state = make_optimizer(args, rate).update(grads, opt_state)
         return (optax.apply_updates(params, updates), opt_state), losses
 
     (params, opt_state), losses = lax.scan(update, (state.params, state.opt_state), indices)
@@ -723,10 +725,9 @@ def train_iteration(args, env, guider, learner, state):
     metrics = {f"losses/{name}": jnp.mean(x) for name, x in losses.items()}
     metrics["charts/learning_rate"] = rate
     # The advantage is the target less the value: its variance is what the values do not explain.
-    (_, unexplained), (_, total) = pooled(advantage), pooled(target)
-    metrics["losses/explained_variance"] = 1 - jnp.square(unexplained / (total + 1e-20))
-    ended = tree.map(lambda x: jnp.sum(x * rollout.last), rollout.after.episode)
-    ended["episodes"] = jnp.sum(1.0 * rollout.last)
+    _, unexplained = pooled(advantage)
+    metrics["losses/explained_variance"] = 1 - (unexplained / (spread + 1e-9 * unit)) ** 2
+    ended = tree.map(lambda x: jnp.sum(x * rollout.last), rollout.after.episode | {"episodes": 1.0})
     views = rollout.obs.agents_view + rollout.after.obs.agents_view
     seen = {"observation": views, "reward": rollout.reward, "target": target}  # is it finite?
     return state, metrics | lax.psum(ended | tree.map(jnp.mean, seen), "device")
@@ -964,7 +965,7 @@ def check_args(args):
             check(name, 0 <= value <= highest, f"at least 0, and at most {highest}")
             check(name, value > 0 or name in may_be_0, "above 0")
     check("delta", args.delta > 1, "above 1 (1.1 is a short tether, inf is none)")
-    check("embed_dim", args.embed_dim % args.num_heads == 0, "divisible by --num-heads")
+    check("embed_dim", args.embed_dim / args.num_heads % 2 == 0, "an even multiple of --num-heads")
     steps, devices = args.num_envs * args.num_steps, args.num_devices
     check("total_timesteps", args.total_timesteps >= steps, f"one rollout, {steps}, or more")
     check("num_devices", devices <= jax.device_count(), f"at most {jax.device_count()}")

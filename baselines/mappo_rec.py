@@ -9,7 +9,7 @@ together, for a team of N agents of which each sees a part of the state:
 - the learner pi is decentralized: each agent decides alone, from what it has seen itself so far,
   h_j, so pi(a | h) = prod_j pi(a_j | h_j). It acts, PPO improves it, and it is deployed;
 - the critic V is centralized: it sees the observations o = (o_1, .., o_N) of all, so far. The
-  value V(o) is the team's (of rewards of their own about the mean). It serves in training alone.
+  value V(o) is the team's (of rewards of their own, each agent's). It serves in training alone.
 
 An iteration has three steps:
 
@@ -134,7 +134,7 @@ class TeamEnv:
 
     def observe(self, timestep):
         view = rearrange(timestep.observation.agents_view, "n ... -> n (...)")
-        view = jnp.concatenate([jnp.eye(self.num_agents), view], 1)
+        view = jnp.hstack([jnp.eye(self.num_agents), view])
         return Observation(view, timestep.observation.action_mask)
 
     def reset(self, key):
@@ -150,7 +150,7 @@ class TeamEnv:
         reward = jnp.full(self.num_agents, reward, jnp.float32)
         # D3: an agent may be done, with discount 0, long before the team's episode is over (in
         # Connector: connected or stuck). The episode terminates once all discounts are 0.
-        discount = jnp.where(last, jnp.max(timestep.discount), 1.0)
+        discount = jnp.where(last, timestep.discount.max(), 1.0)
         told = {"true_reward": jnp.mean(reward), "won": False} | timestep.extras
         now = {"return": told["true_reward"], "length": 1.0, "won": last & told["won"]}
         episode = tree.map(jnp.add, state.episode, now)
@@ -192,8 +192,8 @@ class Policy(nn.Module):
             return distrax.Categorical(jnp.where(action_mask, out, -1e9), dtype=jnp.int32)
         # D17: a Gaussian over u, of which tasks.py does tanh(u); its std is the same in all states.
         log_std = self.param("log_std", constant(-0.5), (self.num_actions,))
-        gaussian = distrax.Normal(out, jnp.exp(jnp.clip(log_std, -5.0, 1.0)))
-        return distrax.Independent(gaussian, 1)
+        log_std = 1 - jnp.abs(6 - (log_std + 5) % 12)  # reflected at -5 and 1; a clip would stick
+        return distrax.Independent(distrax.Normal(out, jnp.exp(log_std)), 1)
 
 
 class Learner(nn.Module):
@@ -227,8 +227,9 @@ class Learner(nn.Module):
 
 
 class Critic(nn.Module):
-    """V: one MLP-GRU-MLP, which sees the observations of all agents. The team has one value."""
+    """V: one MLP-GRU-MLP, which sees the observations of all agents."""
     hidden_dim: int
+    num_values: int  # 1, or one for each agent, if they have rewards of their own
 
     @nn.compact
     def __call__(self, obs, timestep, hidden):
@@ -246,13 +247,13 @@ class Critic(nn.Module):
             step, variable_broadcast="params", split_rngs={"params": False}, in_axes=1, out_axes=1)
         hidden, x = over_time(nn.GRUCell(self.hidden_dim), hidden, (x, running))
         x = nn.relu(Dense(self.hidden_dim)(x))
-        value = Dense(1, kernel_init=orthogonal(1.0))(x)
-        return jnp.broadcast_to(value, obs.agents_view.shape[:-1]), hidden  # one for each agent
+        value = Dense(self.num_values, kernel_init=orthogonal(1.0))(x)
+        return jnp.broadcast_to(value, obs.agents_view.shape[:-1]), hidden
 
 
 def make_networks(args, env):
     learner = Learner(args.learner_hidden_dim, env.num_actions, env.continuous)
-    return learner, Critic(args.critic_hidden_dim)
+    return learner, Critic(args.critic_hidden_dim, env.num_agents if env.own_rewards else 1)
 
 
 def init_hidden(args, env, batch_size):
@@ -321,7 +322,7 @@ def gae(rollout, next_value, gamma, gae_lambda):
 def pooled(x):
     """Mean and std of the numbers of all devices together."""
     mean = lax.pmean(jnp.mean(x), "device")
-    return mean, jnp.sqrt(lax.pmean(jnp.mean(jnp.square(x - mean)), "device"))
+    return mean, jnp.sqrt(lax.pmean(jnp.mean((x - mean) ** 2), "device"))
 
 
 def ppo_loss(ratio, clipped_ratio, advantage):
@@ -352,7 +353,7 @@ def minibatch_loss(params, args, learner, critic, mb):
     loss = learner_policy_loss - args.ent_coef * learner_entropy
 
     # STEP 3/3: the critic is fitted
-    value_loss = 0.5 * jnp.mean(jnp.square(value - mb.target))
+    value_loss = 0.5 * jnp.mean((value - mb.target) ** 2)
     loss += args.vf_coef * value_loss
 
     return loss, {
@@ -431,13 +432,15 @@ def train_iteration(args, env, learner, critic, state):
     scaled = rollout._replace(value=mean + size * rollout.value)
     advantage = gae(scaled, mean + size * rollout.next_value, args.gamma, args.gae_lambda)
     target = scaled.value + advantage
+    center, spread = pooled(target)
     share = jnp.maximum(0.1, 1 / (state.iteration + 1))  # the first ten iterations count alike
-    mean += share * (pooled(target)[0] - mean)
+    mean += share * (center - mean)
     # The std of a Gaussian with this fourth moment: the std itself lets rare rewards tower above.
-    fourth = pooled((target - mean) ** 4)[0] / 3
-    size = ((1 - share) * size**4 + share * fourth) ** 0.25
-    value_scale = jnp.stack([mean, size])
-    rollout = rollout._replace(advantage=advantage, target=(target - mean) / (size + 1e-20))
+    unit = size + spread + jnp.abs(center - mean) + 1e-20  # in which powers stay within float32
+    error = (target - mean) / unit
+    size = ((1 - share) * (size / unit) ** 4 + share * pooled(error**4)[0] / 3) ** 0.25
+    value_scale = jnp.stack([mean, unit * size])
+    rollout = rollout._replace(advantage=advantage, target=error / (size + 1e-20))
     samples = tree.map(lambda x: rearrange(x, "t b ... -> b t ..."), rollout)
     # Sequences stay whole, (B, T, ..), each with the hidden states before its first step.
     samples = samples._replace(hidden=hidden)
@@ -447,7 +450,6 @@ def train_iteration(args, env, learner, critic, state):
     indices = rearrange(order, "epoch (mb m) -> (epoch mb) m", mb=args.num_minibatches)
     num_iterations = args.total_timesteps // (args.num_envs * args.num_steps)
     rate = args.learning_rate * (1 - args.anneal_lr * state.iteration / num_iterations)
-    optimizer = make_optimizer(args, rate)
 
     def update(carry, index):
         params, opt_state = carry
@@ -455,7 +457,7 @@ def train_iteration(args, env, learner, critic, state):
         grads, losses = jax.grad(minibatch_loss, has_aux=True)(params, args, learner, critic, mb)
         grads, losses = lax.pmean((grads, losses), "device")
         losses |= {f"{name}_grad_norm": optax.tree.norm(grad) for name, grad in grads.items()}
-        updates, opt_state = optimizer.update(grads, opt_state)
+        updates, opt_state = make_optimizer(args, rate).update(grads, opt_state)
         return (optax.apply_updates(params, updates), opt_state), losses
 
     (params, opt_state), losses = lax.scan(update, (state.params, state.opt_state), indices)
@@ -466,10 +468,9 @@ def train_iteration(args, env, learner, critic, state):
     metrics = {f"losses/{name}": jnp.mean(x) for name, x in losses.items()}
     metrics["charts/learning_rate"] = rate
     # The advantage is the target less the value: its variance is what the values do not explain.
-    (_, unexplained), (_, total) = pooled(advantage), pooled(target)
-    metrics["losses/explained_variance"] = 1 - jnp.square(unexplained / (total + 1e-20))
-    ended = tree.map(lambda x: jnp.sum(x * rollout.last), rollout.after.episode)
-    ended["episodes"] = jnp.sum(1.0 * rollout.last)
+    _, unexplained = pooled(advantage)
+    metrics["losses/explained_variance"] = 1 - (unexplained / (spread + 1e-9 * unit)) ** 2
+    ended = tree.map(lambda x: jnp.sum(x * rollout.last), rollout.after.episode | {"episodes": 1.0})
     views = rollout.obs.agents_view + rollout.after.obs.agents_view
     seen = {"observation": views, "reward": rollout.reward, "target": target}  # is it finite?
     return state, metrics | lax.psum(ended | tree.map(jnp.mean, seen), "device")

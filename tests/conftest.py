@@ -264,7 +264,7 @@ class ScriptedEnv:
     beyond the end 1000.
     """
 
-    num_agents, num_actions, has_win_rate, continuous = 2, 3, True, False
+    num_agents, num_actions, has_win_rate, continuous, own_rewards = 2, 3, True, False, True
 
     def __init__(self, script):
         self.script, self.env = script, self

@@ -249,7 +249,7 @@ class Mappo(Algorithm):
         parts = distance(r, eps) | {
             "learner_policy_loss": ppo_loss(r, r, eps, step.factor * step.advantage),
             "learner_entropy": jnp.mean(policy.entropy()),
-            "value_loss": jnp.mean((value[0] - step.target) ** 2) / 2,  # the team has one value
+            "value_loss": jnp.mean((value - step.target) ** 2) / 2,
         }
         loss = parts["learner_policy_loss"] + args.vf_coef * parts["value_loss"]
         return (loss - args.ent_coef * parts["learner_entropy"], parts), hidden

@@ -14,8 +14,11 @@ import pytest
 from conftest import (
     METRICS,
     TINY,
+    ScriptedEnv,
+    first_state,
     has_memory,
     make_parts,
+    on_one_device,
     random_obs,
     random_params,
     read_rows,
@@ -49,7 +52,7 @@ def test_critic_sees_all(script):
         past = jnp.asarray(timestep), jnp.ones((2, 8))
         lag = np.arange(3)[:, None] - np.arange(3)
         seen = (lag >= 0) & (lag <= timestep[..., None])  # (M, T, T)
-    critic = script.Critic(8)
+    critic = script.Critic(8, 3)
     params = random_params(critic, 1, obs, *past)
 
     def value(view):
@@ -75,6 +78,18 @@ def test_training_loop(tmp_path):
     assert loop.saved == [0, 3, 5, 7] and len(loop.rows) == 4
     assert num_iterations(tmp_path / "best_keys.safetensors") == 0
     assert (tmp_path / "learning_curve.png").stat().st_size > 5000
+
+
+@for_each_baseline
+def test_values_of_agents_with_rewards_of_their_own(script):
+    """MAPPO's critic has one for each, or one for the team; each agent of HAPPO has a critic."""
+    env = ScriptedEnv(script)
+    for own_rewards in (False, True):
+        env.own_rewards = own_rewards
+        parts = make_parts(script, env)
+        _, rollout = on_one_device(script.collect, *parts)(first_state(script, parts))
+        differ = own_rewards or script is happo_rec
+        assert np.any(rollout.value[..., 0] != rollout.value[..., 1]) == differ
 
 
 @for_each_baseline

@@ -45,9 +45,10 @@ BAD_VALUES = """num-envs -4 0, total-timesteps 10 -1 8191, num-evals 0 -1, eval-
 BAD_TETHERS = "delta 1 0.5 -2 nan, learner-rl-coef -1 nan"
 # Chunks have steps, decay does not grow, and minibatches hold whole sequences: there are 64.
 BAD_MEMORY = "chunk-steps -1, decay-scaling-factor -0.1 1.5 nan, num-minibatches 128"
-# A scenario that the environment cannot build; heads share the guider's width.
+# A scenario that the environment cannot build; heads share the guider's width evenly.
 BAD_PAIRS = """--env-id RobotWarehouse-v0 --scenario tiny-1ag-hard
-    --num-heads 3 --embed-dim 10"""
+    --num-heads 3 --embed-dim 10
+    --num-heads 64 --embed-dim 64"""
 
 
 def bad_flags(script):

@@ -2,7 +2,6 @@
 
 import functools
 import importlib.util
-import itertools
 import json
 import math
 import pathlib
@@ -261,25 +260,6 @@ def test_commands_of_the_benchmark(run_here, load, monkeypatch):
     assert speed.settings(options) == settings
 
 
-def test_heatmap(run_here, tmp_path):
-    """A cell is the mean over seeds of the last evaluations."""
-    rows, bases = [], {"1.1": 10, "inf": 20}
-    for delta, coef, seed in itertools.product(bases, (0, 4), (1, 2)):
-        run = {"env_id": "CoordSum-v0", "scenario": "3x10=10", "seed": seed, "guider": 30.0,
-               "exp_name": f"delta_{delta}_lambda_{coef}", "win_rate": None, "learner_kl": None}
-        for step, learner in ((0, 0.0), (100, bases[delta] + coef + seed)):
-            rows.append(run | {"global_step": step, "learner": learner})
-    csv = tmp_path / "heatmap.csv"
-    pd.DataFrame(rows).assign(wall_seconds=1.0).to_csv(csv, index=False)
-    (flags,) = commands_of("docs/heatmap.py")
-    assert flags == ["benchmark/runs/heatmap"]
-    flags = [csv, "--last", "1", "--out", tmp_path / "heatmap.png"]
-    status, out, _ = run_here("docs/heatmap.py", *flags)
-    assert status == 0 and is_picture(tmp_path / "heatmap.png")
-    for row in ("1.1 | 0.0 | 11.5 | 30.0 | 18.5", "inf | 4.0 | 25.5 | 30.0 | 4.5"):
-        assert f"| {row} |" in out
-
-
 # -------------------- The snippets of the other page ----------------------------------------------
 def usage_snippets():
     return re.findall(r"^```python\n(.*?)^```", USAGE.read_text(), re.M | re.S)
@@ -372,8 +352,8 @@ def test_schedules(script, load_changed, monkeypatch):
     said of them; all of them can be traced."""
     _, shorter, _ = guide_changes()
     _, lines = usage_snippets()
-    above = "    optimizer = make_optimizer(args, rate)\n"
-    shorter.append((above, lines + above))
+    set_rate = "    rate = args.learning_rate * (1 - args.anneal_lr * state.iteration / num_iterations)\n"
+    shorter.append((set_rate, set_rate + lines))
     module = load_changed(script, shorter)
     args = module.Args(
         scenario="2x3-4", num_envs=4, num_steps=8, total_timesteps=320, num_devices=1, delta=1.1)

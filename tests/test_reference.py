@@ -49,7 +49,7 @@ class Game:
     ends (odd: terminated, even: truncated), and whether it is won. Agents have rewards of their
     own, which depend on all actions; what is legal changes."""
 
-    num_agents, num_actions = 3, 3
+    num_agents, num_actions, own_rewards = 3, 3, True
 
     def __init__(self, script, continuous):
         self.script, self.continuous = script, continuous

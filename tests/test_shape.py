@@ -51,7 +51,7 @@ ALLOWED_DIFFERENCES = {
         "minibatch_loss", "train_iteration",
     },
     ("mappo_rec", "happo_rec"): {
-        "collect", "init_hidden", "init_state", "learner_act", "train_iteration",
+        "collect", "init_hidden", "init_state", "learner_act", "make_networks", "train_iteration",
     },
 }
 # Lines of a file, with blank lines, comments and docstrings.
