@@ -352,7 +352,7 @@ def test_schedules(script, load_changed, monkeypatch):
     said of them; all of them can be traced."""
     _, shorter, _ = guide_changes()
     _, lines = usage_snippets()
-    set_rate = "    rate = args.learning_rate * (1 - args.anneal_lr * state.iteration / num_iterations)\n"
+    set_rate, _ = shorter[-1]
     shorter.append((set_rate, set_rate + lines))
     module = load_changed(script, shorter)
     args = module.Args(
