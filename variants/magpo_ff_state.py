@@ -554,7 +554,7 @@ def train_iteration(args, env, guider, learner, state):
     share = jnp.maximum(0.1, 1 / (state.iteration + 1))  # the first ten iterations count alike
     mean += share * (center - mean)
     # The std of a Gaussian with this fourth moment: the std itself lets rare rewards tower above.
-    unit = size + spread + jnp.abs(center - mean) + 1e-20  # in which powers stay within float32
+    unit = size + spread + jnp.abs(center - mean) + 1e-20  # of error and size, for float32
     error = (target - mean) / unit
     size = ((1 - share) * (size / unit) ** 4 + share * pooled(error**4)[0] / 3) ** 0.25
     value_scale = jnp.stack([mean, unit * size])

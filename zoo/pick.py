@@ -16,14 +16,15 @@ def main():
     zoo = Path(__file__).parent
     sys.path.append(str(zoo.parent / "benchmark"))
     from run import read_run
-    written = set()
+    runs = {}
     for run in sorted(path.parent for path in Path(sys.argv[1]).glob("*/metrics.jsonl")):
         env_id, scenario, *_ = run.name.split("__")
         folder = zoo / "__".join(filter(None, [env_id, scenario]))
         _, _, complete = read_run(run)
-        if not complete or folder in written:
+        if not complete or folder in runs:
             sys.exit(f"pick.py: error: {run}: has not finished, or is another of its task")
-        written.add(folder)
+        runs[folder] = run
+    for folder, run in runs.items():
         folder.mkdir(exist_ok=True)
         for name in ("args.json", "metrics.jsonl"):
             shutil.copy(run / name, folder)
